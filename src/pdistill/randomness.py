@@ -1,0 +1,30 @@
+"""Randomness as a function of a key, so that nothing depends on how often a run was restarted.
+
+A key is a tuple of non-negative integers such as (seed, stage, step, rank). Equal keys give equal
+numbers; there is no generator state to save or restore.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_of(*key: int) -> int:
+    """A 63-bit seed mixed from the key (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for the key."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def sample_noise(seed: int, indices: Iterable[int], shape: tuple[int, ...], draw: int = 0) -> Tensor:
+    """Standard normal noise (B, *shape) in which image i depends on (seed, i, draw) alone.
+
+    A picture is therefore the same whatever batch, or process, it is drawn in. `draw` tells apart the
+    initial noise (0) and the step noises of a stochastic sampler (1, 2, ...). Drawn on the CPU.
+    """
+    return torch.stack([torch.randn(shape, generator=generator(seed, i, draw)) for i in indices])

@@ -1,0 +1,89 @@
+"""Samplers: functions of (denoiser, noise, number of steps)."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pdistill.parameterization import broadcast
+from pdistill.schedule import alpha_sigma, logsnr_on_grid
+
+Variance = Literal["large", "small"] | float
+
+
+def ddim_step(z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) -> Tensor:
+    """z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat) (paper, Section 2).
+
+    Images (B, C, H, W), logsnr (B,). At logsnr_s = inf the result is x_hat.
+    """
+    alpha_t, sigma_t = alpha_sigma(logsnr_t)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    ratio = sigma_s / sigma_t
+    return broadcast(ratio, z_t) * z_t + broadcast(alpha_s - ratio * alpha_t, z_t) * x_hat
+
+
+def ancestral_step(
+    z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, noise: Tensor, variance: Variance = "large"
+) -> Tensor:
+    """A draw from the posterior q(z_s | z_t, x = x_hat), with a variance between its two bounds.
+
+    With r = SNR_t / SNR_s: mean = (alpha_t sigma_s^2) / (alpha_s sigma_t^2) z_t + (1 - r) alpha_s x_hat;
+    variance "large" = (1 - r) sigma_t^2, "small" = (1 - r) sigma_s^2, a fraction f in [0, 1] =
+    large^f small^(1 - f). Paper, Section 2; needs logsnr_s < inf.
+    """
+    alpha_t, sigma_t = alpha_sigma(logsnr_t)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    one_minus_r = -torch.expm1(logsnr_t - logsnr_s)
+    mean = (
+        broadcast(alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), z_t) * z_t
+        + broadcast(one_minus_r * alpha_s, z_t) * x_hat
+    )
+    large = {"large": 1.0, "small": 0.0}.get(variance, variance)
+    std = one_minus_r.sqrt() * sigma_t**large * sigma_s ** (1 - large)
+    return mean + broadcast(std, z_t) * noise
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Callable[..., Tensor],
+    noise: Tensor,
+    num_steps: int,
+    label: Tensor | None = None,
+    sampler: Literal["ddim", "ancestral"] = "ddim",
+    clip: bool = True,
+    variance: Variance = "large",
+    step_noise: Sequence[Tensor] | Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Images (B, C, H, W) from noise of that shape in `num_steps` evaluations, t = 1, 1 - 1/N, ..., 1/N.
+
+    The last step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does. The ancestral
+    sampler takes its noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]`
+    or `step_noise(i)`; by default it is drawn from torch's global generator.
+
+    Raises ValueError for a step count below 1, an unknown sampler or a variance out of range.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    if sampler not in ("ddim", "ancestral"):
+        raise ValueError(f"sampler must be 'ddim' or 'ancestral', not {sampler!r}")
+    if variance not in ("large", "small") and not (isinstance(variance, int | float) and 0 <= variance <= 1):
+        raise ValueError(f"variance must be 'large', 'small' or a fraction in [0, 1], not {variance!r}")
+    if step_noise is None:
+        step_noise = lambda i: torch.randn_like(noise)  # noqa: E731
+    elif not callable(step_noise):
+        step_noise = step_noise.__getitem__
+    # (N + 1, B): the grid is known beforehand, so it is computed once and not per step.
+    grid = torch.arange(num_steps + 1, device=noise.device, dtype=torch.promote_types(noise.dtype, torch.float32))
+    logsnr = logsnr_on_grid(denoiser.schedule, grid, num_steps)[:, None].expand(-1, len(noise))
+    z = noise
+    for i in range(num_steps, 0, -1):
+        x_hat = denoiser(z, (grid[i] / num_steps).expand(len(z)), label)
+        if clip:
+            x_hat = x_hat.clamp(-1, 1)
+        if i == 1:
+            return x_hat
+        if sampler == "ddim":
+            z = ddim_step(z, x_hat, logsnr[i], logsnr[i - 1])
+        else:
+            z = ancestral_step(z, x_hat, logsnr[i], logsnr[i - 1], step_noise(i - 1), variance)

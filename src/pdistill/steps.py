@@ -1,0 +1,42 @@
+"""Step-count plans: from the teacher's step count down to the last student's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One distillation: a student of `num_steps`, each of them worth `teacher_steps` of its teacher's."""
+
+    index: int  # 1 for the first student; 0 is the teacher's own training
+    num_steps: int
+    teacher_steps: int
+    updates: int
+
+    @property
+    def name(self) -> str:
+        return f"steps-{self.num_steps:04d}"
+
+
+def stages(plan: Sequence[int], updates: int, updates_last_two: int) -> list[Stage]:
+    """The stages of a plan such as [1024, 512, ..., 1] or [1024, 32, 8, 1].
+
+    The first entry is the step count at which the teacher is sampled. The paper trains the last two stages
+    twice as long: they get `updates_last_two`. Raises UserError unless each entry divides the one before.
+    """
+    plan = list(plan)
+    if len(plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in plan):
+        raise UserError(f"steps.plan={plan} must list at least two whole step counts, e.g. steps.plan=[32,16,8]")
+    for before, after in zip(plan, plan[1:], strict=False):
+        if after >= before or before % after:
+            raise UserError(
+                f"steps.plan={plan}: {after} does not divide {before}. Each step count must be a proper "
+                f"divisor of the one before, e.g. steps.plan=[1024,32,8,1]"
+            )
+    last = len(plan) - 1
+    return [
+        Stage(i, plan[i], plan[i - 1] // plan[i], updates_last_two if i > last - 2 else updates)
+        for i in range(1, last + 1)
+    ]
