@@ -7,6 +7,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from pdistill.errors import UserError
+
 
 def unet(
     image_size: int,
@@ -24,15 +26,15 @@ def unet(
     """The UNet of Salimans & Ho with their own configuration words, freshly and partly zero-initialised.
 
     `head_dim=None` is one attention head. The network maps (B, image_channels, S, S), S = image_size, to
-    (B, out_channels, S, S). Raises ValueError where the sizes do not fit together.
+    (B, out_channels, S, S). Raises UserError where the sizes do not fit together.
     """
     if image_size % 2 ** (len(ch_mult) - 1):
-        raise ValueError(
+        raise UserError(
             f"image size {image_size} cannot be halved {len(ch_mult) - 1} times: "
             f"use network.ch_mult with fewer levels, or images of another size"
         )
     if any(ch * m % 32 for m in ch_mult):
-        raise ValueError(f"every level's channels must be a multiple of 32 (group norm): ch={ch}, ch_mult={ch_mult}")
+        raise UserError(f"every level's channels must be a multiple of 32 (group norm): ch={ch}, ch_mult={ch_mult}")
     attended = [image_size // 2**level in attn_resolutions for level in range(len(ch_mult))]
     network = UNet2DModel(
         sample_size=image_size,

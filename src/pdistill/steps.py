@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pdistill.errors import UserError
 
@@ -29,7 +30,7 @@ def stages(plan: Sequence[int], updates: int, updates_last_two: int) -> list[Sta
     plan = list(plan)
     if len(plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in plan):
         raise UserError(f"steps.plan={plan} must list at least two whole step counts, e.g. steps.plan=[32,16,8]")
-    for before, after in zip(plan, plan[1:], strict=False):
+    for before, after in pairwise(plan):
         if after >= before or before % after:
             raise UserError(
                 f"steps.plan={plan}: {after} does not divide {before}. Each step count must be a proper "

@@ -1,0 +1,210 @@
+"""Lightning callbacks: what is logged, when training is kept or stopped, FID while it runs, grids of samples."""
+
+import signal
+import time
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from pdistill.dataset import ImageSet
+from pdistill.denoiser import Denoiser
+from pdistill.errors import Interrupted, UserError
+from pdistill.metrics import fid_metric, fid_name, generate, measure_fid
+
+LOGSNR_EDGES = (-15.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0)  # eight bins over [-20, 20]
+
+
+def bin_name(k: int) -> str:
+    """The k-th logsnr bin in words: "-20_-15", ..., "15_20"."""
+    return f"{-20 + 5 * k}_{-15 + 5 * k}"
+
+
+class TrainingLog(Callback):
+    """Logs loss, its mean in eight bins of logsnr, gradient norm, learning rate and images/s under `prefix`/.
+
+    Stops the training with a UserError at the first loss or gradient that is not finite. Everything is summed
+    up on the device and read once every `log_every_n_steps` updates, on a CPU (where reading is free) at each.
+    """
+
+    def __init__(self, prefix: str, images_per_step: int) -> None:
+        self.prefix = prefix
+        self.images_per_step = images_per_step
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.edges = torch.tensor(LOGSNR_EDGES, device=module.device)
+        self.first_bad = torch.full((9,), torch.inf, device=module.device)  # update per bin, and for the gradient
+        self._reset(module)
+
+    def _reset(self, module: LightningModule) -> None:
+        self.loss_sum, self.count = (torch.zeros(8, device=module.device) for _ in range(2))
+        self.steps, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
+        losses, logsnr = outputs["losses"], outputs["logsnr"]
+        bins = torch.bucketize(logsnr.clamp(-20, 20), self.edges)
+        self.loss_sum.index_add_(0, bins, losses.float())
+        self.count.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+        self.steps += 1
+        update = trainer.global_step
+        bad = torch.cat([self.loss_sum, module.gradient_norm[None]]).isfinite().logical_not()
+        self.first_bad = torch.where(bad, self.first_bad.clamp(max=update), self.first_bad)
+        logs = update % trainer.log_every_n_steps == 0
+        if logs or module.device.type == "cpu":
+            self.refuse_nonfinite()
+        if logs:
+            self._log(trainer, module, update)
+
+    def refuse_nonfinite(self) -> None:
+        if self.first_bad.isinf().all():
+            return
+        k = int(self.first_bad.argmin())
+        where = f"logsnr in [{bin_name(k).replace('_', ', ')}]" if k < 8 else "in the gradient"
+        raise UserError(
+            f"{self.prefix}: the loss is not finite at update {int(self.first_bad[k])}, {where}. The last good "
+            f"checkpoint is kept; lower the learning rate, or use another parameterization, weighting or precision"
+        )
+
+    def _log(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+        seconds = time.perf_counter() - self.since
+        values = {
+            "loss": self.loss_sum.sum() / self.count.sum(),
+            "gradient_norm": module.gradient_norm,
+            "learning_rate": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
+            "images_per_second": self.steps * self.images_per_step / seconds,
+        }
+        per_bin, counts = (self.loss_sum / self.count).tolist(), self.count.tolist()
+        values |= {f"loss_by_logsnr/{bin_name(k)}": per_bin[k] for k in range(8) if counts[k]}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{self.prefix}/{k}": float(v) for k, v in values.items()}, step=update)
+        self._reset(module)
+
+
+class ResumableCheckpoint(Checkpoint):
+    """Keeps `path` up to date: every `every_n_updates`, and when Ctrl-C or SIGTERM asks the training to stop.
+
+    The signal is acted upon between two updates; a second one ends the process at once.
+    """
+
+    def __init__(self, path: Path, every_n_updates: int, monitor: TrainingLog) -> None:
+        self.path = path
+        self.every_n_updates = every_n_updates
+        self.monitor = monitor
+        self.signal: int | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for s in self.handlers:
+            signal.signal(s, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: Trainer, module, outputs, batch, batch_idx: int) -> None:
+        update = trainer.global_step
+        due = update % self.every_n_updates == 0
+        stop = self.signal is not None
+        if trainer.world_size > 1:  # all ranks must agree, which costs an exchange: only now and then
+            stop = (due or update % trainer.log_every_n_steps == 0) and trainer.strategy.reduce_boolean_decision(
+                stop, all=False
+            )
+        if due or stop:
+            self.monitor.refuse_nonfinite()
+            trainer.save_checkpoint(self.path)
+        if stop:
+            raise Interrupted(f"stopped at update {update}; the same command continues from there")
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "handlers"):
+            self.on_train_end(trainer, module)
+
+
+class FID(Callback):
+    """The Frechet distance of samples to a whole dataset, with any extractor.
+
+    `measure` is a function of the denoiser; in training, the module's `result` is measured every
+    `every_n_updates` (None: never) at `num_steps` and logged as `prefix`/`name`.
+    """
+
+    def __init__(
+        self,
+        extractor: torch.nn.Module,
+        data: ImageSet,
+        num_samples: int,
+        seed: int = 0,
+        batch_size: int = 250,
+        every_n_updates: int | None = None,
+    ) -> None:
+        self.name = fid_name(extractor)
+        self.extractor = extractor
+        self.data = data
+        self.num_samples = num_samples
+        self.seed = seed
+        self.batch_size = batch_size
+        self.every_n_updates = every_n_updates
+        self.prefix, self.num_steps = "", 1  # of the stage at hand
+
+    def measure(self, denoiser: Denoiser, num_steps: int, device: torch.device | str = "cpu") -> float:
+        """The figure over all ranks; sample i is made from (seed, i) by rank i modulo the number of ranks."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        world = torch.distributed.get_world_size() if distributed else 1
+        metric = fid_metric(self.extractor, self.data, rank).to(device)
+        batches = generate(
+            denoiser, range(rank, self.num_samples, world), num_steps, self.seed, self.batch_size, device
+        )
+        total = -(-self.num_samples // (world * self.batch_size))
+        bar = tqdm(batches, f"{self.name} at {num_steps} steps", total, unit="batch", leave=False, disable=rank > 0)
+        return measure_fid(metric, bar)
+
+    def on_train_batch_end(self, trainer: Trainer, module, outputs, batch, batch_idx: int) -> None:
+        update = trainer.global_step
+        if self.every_n_updates and update % self.every_n_updates == 0 and update < trainer.max_steps:
+            value = self.measure(module.result.eval(), self.num_steps, module.device)
+            module.train()
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{self.prefix}/{self.name}": value}, step=update)
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar per stage that counts its updates, resumed ones included."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
+        self.train_progress_bar.set_description(self.description)
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
+        return {}
+
+
+def sample_grid(denoiser: Denoiser, num_steps: int, seed: int, num_images: int, device: torch.device | str) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] on the CPU from the first `num_images` noises of `seed`."""
+    batches = generate(denoiser, range(num_images), num_steps, seed, device=device)
+    return torch.cat([images.cpu() for images in batches])
+
+
+def save_grid(images: Tensor, path: Path, nrow: int = 8, tile: int = 48) -> None:
+    """A PNG of (B, C, H, W) in [-1, 1], tiles enlarged without smoothing to at least `tile` pixels."""
+    scale = max(1, tile // images.shape[-1])
+    enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    save_image(enlarged, path, nrow=nrow, normalize=True, value_range=(-1, 1), padding=2, pad_value=1.0)

@@ -1,0 +1,297 @@
+"""Runs a plan stage by stage, and resumes it: what is finished is on disk, and is not done again.
+
+outputs/<name>/teacher/ and outputs/<name>/steps-NNNN/ each end up with `denoiser/`, `samples.png` and
+`metrics.json`, written in this order; while a stage trains, `last.ckpt` is what it resumes from.
+"""
+
+import json
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from pdistill import run
+from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog, sample_grid, save_grid
+from pdistill.dataset import ImageDataModule, ImageSet
+from pdistill.denoiser import Denoiser, write_json
+from pdistill.distillation import DistillationModule
+from pdistill.errors import UserError
+from pdistill.logger import log_stage, log_summary
+from pdistill.network import set_dropout
+from pdistill.randomness import sample_noise, seed_of
+from pdistill.report import comparison_sheet, write_report
+from pdistill.sampling import sample
+from pdistill.schedule import alpha_sigma
+from pdistill.steps import stages
+from pdistill.teacher import TeacherModule
+
+GRID_IMAGES = 64
+NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
+
+warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that do not fit this use
+warnings.filterwarnings("ignore", category=FutureWarning)
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are, tips, why a fit ended
+
+
+@dataclass
+class Job:
+    """What every stage of a run shares."""
+
+    cfg: DictConfig
+    directory: Path
+    data: ImageSet
+    fid: FID | None
+    loggers: list[Logger]
+
+    def trainer(self, **options) -> Trainer:
+        return instantiate(
+            self.cfg.trainer,
+            logger=self.loggers,
+            enable_checkpointing="callbacks" in options,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            max_epochs=-1,
+            default_root_dir=str(self.directory),
+            **options,
+        )
+
+
+def train(cfg: DictConfig) -> None:
+    """A teacher, in outputs/<name>/teacher. Raises UserError before any work starts where the input is bad."""
+    data = load_data(cfg)
+    plan = list(cfg.steps.plan)
+    stages(plan, cfg.steps.updates, cfg.steps.updates_last_two)
+    teacher = new_denoiser(cfg, data)
+    job = open_job(cfg, data)
+    _train_teacher(job, teacher)
+    _finish_stage(job, "teacher", plan[0], updates=cfg.training.updates)
+
+
+def distill(cfg: DictConfig) -> None:
+    """The whole of a run, to summary.json and report.html. Raises UserError before any work starts."""
+    data = load_data(cfg)
+    plan = stages(list(cfg.steps.plan), cfg.steps.updates, cfg.steps.updates_last_two)
+    template = new_denoiser(cfg, data)
+    check_stable(cfg, template)
+    given = load_teacher(cfg, template) if cfg.teacher else None
+    job = open_job(cfg, data)
+
+    if given is None:
+        _train_teacher(job, template)
+    elif run.is_main_process() and not (job.directory / "teacher" / "denoiser").exists():
+        given.save(job.directory / "teacher" / "denoiser", grid=cfg.steps.plan[0])
+    rows = [_finish_stage(job, "teacher", cfg.steps.plan[0], updates=0 if given else cfg.training.updates)]
+    parent = job.directory / "teacher"
+    for stage in plan:
+        _distill_stage(job, stage, parent)
+        rows.append(_finish_stage(job, stage.name, stage.num_steps, updates=stage.updates, parent=parent.name))
+        parent = job.directory / stage.name
+    if run.is_main_process():
+        comparison_sheet(job.directory, rows)
+        log_summary(job.loggers, rows, job.directory / "comparison.png")
+        write_report(job.directory, rows)
+        write_json(job.directory / "summary.json", rows)
+
+
+def load_data(cfg: DictConfig) -> ImageSet:
+    data = instantiate(cfg.dataset)
+    for section in ("training", "distillation"):
+        if section in cfg:
+            check_batch_size(f"{section}.batch_size", cfg[section].batch_size, cfg)
+    return data
+
+
+def check_batch_size(key: str, batch_size: int, cfg: DictConfig) -> None:
+    """Raises UserError unless the global batch divides into the devices' micro-batches."""
+    trainer = cfg.trainer
+    devices = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else torch.cuda.device_count()
+    parts = max(1, devices) * trainer.get("num_nodes", 1) * trainer.accumulate_grad_batches
+    if batch_size < parts or batch_size % parts:
+        raise UserError(
+            f"{key}={batch_size} cannot be divided into {parts} equal parts (devices times accumulated batches): "
+            f"use a multiple of {parts}"
+        )
+
+
+def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
+    """An untrained denoiser of the configured kind that fits the data; its weights depend on the seed alone."""
+    parameterization, schedule = instantiate(cfg.parameterization), instantiate(cfg.schedule)
+    channels, height, _ = data.image_shape
+    torch.manual_seed(seed_of(cfg.seed))
+    network = instantiate(cfg.network)(
+        image_size=height, image_channels=channels, out_channels=parameterization.channels(channels)
+    )
+    return Denoiser(network, parameterization, schedule)
+
+
+def check_stable(cfg: DictConfig, denoiser: Denoiser) -> None:
+    """Raises UserError for a parameterization that no distillation with this schedule survives."""
+    terminal = denoiser.schedule(torch.ones(1))
+    if cfg.allow_unstable or denoiser.parameterization.stable_at_zero_snr or terminal > NEARLY_ZERO_SNR:
+        return
+    alpha = float(alpha_sigma(terminal)[0])
+    raise UserError(
+        f"parameterization={denoiser.parameterization.name} cannot be distilled with a schedule that ends at "
+        f"log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use "
+        f"parameterization=x, x_eps or v, or allow_unstable=true to try all the same"
+    )
+
+
+def load_teacher(cfg: DictConfig, template: Denoiser) -> Denoiser:
+    """The given teacher. Raises UserError unless it is what the configuration says."""
+    teacher = Denoiser.load(cfg.teacher)
+    ours, theirs = template.architecture, teacher.architecture
+    wrong = [
+        f"{k} {theirs[k]!r}, configured {ours[k]!r}" for k in ("parameterization", "schedule") if ours[k] != theirs[k]
+    ]
+    network = {k for k in ours["network"] if ours["network"][k] != theirs["network"].get(k)}
+    wrong += [f"network.{k} {theirs['network'].get(k)}, configured {ours['network'][k]}" for k in sorted(network)]
+    if wrong:
+        raise UserError(
+            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set the groups "
+            f"parameterization, schedule, network and dataset to what the teacher was trained with"
+        )
+    if teacher.num_steps is not None and teacher.num_steps != cfg.steps.plan[0]:
+        raise UserError(
+            f"teacher={cfg.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "
+            f"{cfg.steps.plan[0]}: start the plan at {teacher.num_steps}"
+        )
+    return teacher
+
+
+def open_job(cfg: DictConfig, data: ImageSet) -> Job:
+    """The run directory, the loggers and the extractor."""
+    directory = run.directory_of(cfg)
+    run.open_directory(cfg, directory)
+    fid = None
+    if cfg.metrics.extractor is not None:
+        extractor = instantiate(cfg.metrics.extractor)(data)
+        fid = FID(extractor, data, cfg.metrics.num_samples, cfg.seed, every_n_updates=cfg.metrics.every_n_updates)
+    loggers = [instantiate(cfg.logger)] if cfg.logger else []
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    return Job(cfg, directory, data, fid, loggers)
+
+
+def _train_teacher(job: Job, teacher: Denoiser) -> None:
+    directory, cfg = job.directory / "teacher", job.cfg.training
+    if (directory / "denoiser").exists():
+        return
+    set_dropout(teacher.network, cfg.dropout)
+    module = TeacherModule(
+        teacher.train(),
+        instantiate(job.cfg.weighting),
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        gradient_clip=cfg.gradient_clip,
+        ema_decay=cfg.ema_decay,
+        seed=job.cfg.seed,
+        stage=0,
+        warmup_updates=cfg.warmup_updates,
+    )
+    _fit(job, module, directory, "teacher", cfg.batch_size, cfg.updates, job.cfg.steps.plan[0])
+
+
+def _distill_stage(job: Job, stage, parent: Path) -> None:
+    directory, cfg = job.directory / stage.name, job.cfg.distillation
+    if (directory / "denoiser").exists():
+        return
+    module = DistillationModule(
+        Denoiser.load(parent / "denoiser"),
+        stage.num_steps,
+        instantiate(job.cfg.weighting),
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        gradient_clip=cfg.gradient_clip,
+        ema_decay=cfg.ema_decay,
+        seed=job.cfg.seed,
+        stage=stage.index,
+        updates=stage.updates,
+        teacher_steps=stage.teacher_steps,
+        dropout=cfg.dropout,
+    )
+    _fit(job, module, directory, metric_prefix(stage.name), cfg.batch_size, stage.updates, stage.num_steps)
+
+
+def metric_prefix(stage_name: str) -> str:
+    """ "steps-0016" -> "steps_0016", the name under which its scalars are logged."""
+    return stage_name.replace("-", "_")
+
+
+def _fit(
+    job: Job, module: LightningModule, directory: Path, prefix: str, batch_size: int, updates: int, num_steps: int
+) -> None:
+    """One Lightning fit, from the stage's checkpoint if there is one, to `directory`/denoiser."""
+    directory.mkdir(exist_ok=True)
+    checkpoint = directory / "last.ckpt"
+    log = TrainingLog(prefix, batch_size)
+    callbacks = [log, ResumableCheckpoint(checkpoint, job.cfg.checkpoint_every_n_updates, log)]
+    if job.fid is not None:
+        job.fid.prefix, job.fid.num_steps = prefix, num_steps
+        callbacks.append(job.fid)
+    if job.cfg.trainer.enable_progress_bar:
+        callbacks.append(ProgressBar(prefix))
+    trainer = job.trainer(max_steps=updates, callbacks=callbacks)
+    data = ImageDataModule(job.data, batch_size, job.cfg.seed, module.stage, job.cfg.num_workers)
+    if checkpoint.exists():
+        _check_readable(checkpoint)
+    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+    if trainer.is_global_zero:
+        module.result.save(directory / "denoiser", grid=num_steps)
+        checkpoint.unlink(missing_ok=True)
+    trainer.strategy.barrier()
+
+
+def _check_readable(checkpoint: Path) -> None:
+    try:
+        torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint} is damaged ({str(error).splitlines()[0]}): delete it to start this stage anew; "
+            f"finished stages are kept"
+        ) from error
+
+
+def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str | None = None) -> dict:
+    """Samples and measures a stage's denoiser, and writes samples.png and, last, metrics.json. Returns the row."""
+    directory = job.directory / name
+    if (directory / "metrics.json").exists():
+        return json.loads((directory / "metrics.json").read_text())
+    trainer = job.trainer()
+    device = trainer.strategy.root_device
+    denoiser = Denoiser.load(directory / "denoiser").to(device)
+    row = {"stage": name, "num_steps": num_steps}
+    if job.fid is not None:
+        row[job.fid.name] = job.fid.measure(denoiser, num_steps, device)
+        row["num_samples"] = job.fid.num_samples
+    if run.is_main_process():
+        row["seconds_per_image"] = seconds_per_image(denoiser, num_steps, device)
+        row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}
+        grid = sample_grid(denoiser, num_steps, job.cfg.seed, GRID_IMAGES, device)
+        save_grid(grid, directory / "samples.png")
+        log_stage(job.loggers, metric_prefix(name), row, directory, job.cfg.name)
+        write_json(directory / "metrics.json", row)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return row
+
+
+def seconds_per_image(denoiser: Denoiser, num_steps: int, device: torch.device, batch_size: int = 64) -> float:
+    """The fastest of three rounds of sampling a batch."""
+    noise = sample_noise(0, range(batch_size), denoiser.image_shape).to(device)
+    label = None if denoiser.num_classes is None else torch.zeros(batch_size, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        sample(denoiser, noise, num_steps, label).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / batch_size
