@@ -1,4 +1,4 @@
-"""Lightning callbacks: what is logged, when training is kept or stopped, FID while it runs, grids of samples."""
+"""Lightning callbacks: what is logged, when training is kept or stopped, and FID while it runs."""
 
 import signal
 import time
@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
-from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from pdistill.dataset import ImageSet
@@ -195,16 +193,3 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
         return {}
-
-
-def sample_grid(denoiser: Denoiser, num_steps: int, seed: int, num_images: int, device: torch.device | str) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] on the CPU from the first `num_images` noises of `seed`."""
-    batches = generate(denoiser, range(num_images), num_steps, seed, device=device)
-    return torch.cat([images.cpu() for images in batches])
-
-
-def save_grid(images: Tensor, path: Path, nrow: int = 8, tile: int = 48) -> None:
-    """A PNG of (B, C, H, W) in [-1, 1], tiles enlarged without smoothing to at least `tile` pixels."""
-    scale = max(1, tile // images.shape[-1])
-    enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    save_image(enlarged, path, nrow=nrow, normalize=True, value_range=(-1, 1), padding=2, pad_value=1.0)

@@ -18,7 +18,6 @@ from pdistill import run as run_directory
 from pdistill import sweep
 from pdistill.errors import Interrupted, UserError
 
-
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 
@@ -47,13 +46,13 @@ def run(job: Callable[[DictConfig], object], config_name: str) -> None:
         overrides = list(hydra_cfg.overrides.task)
         print(f"\nsweep, job {hydra_cfg.job.num}: {' '.join(overrides)}")
         error = _run_sweep_job(job, cfg, overrides)
-        results.append(sweep.Job(cfg.name, overrides, error))
+        results.append(sweep.Job(cfg.get("name"), overrides, error))
 
     try:
         main()
         if failure:
             raise failure[0]
-        if results:
+        if results and results[0].name:
             sweep.finish(results)
     except USER_ERRORS as error:
         sys.exit(_tell(error))

@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         weights["time_proj.weight"] = self.network.time_proj(timesteps.float().to(self.network.device)).cpu()
         save_file(weights, temporary / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        unet_config = {k: v for k, v in self.network.config.items() if k != "_name_or_path"}
+        unet_config = {k: v for k, v in self.network.config.items() if not k.startswith("_")}
         unet_config |= {
             "_class_name": "UNet2DModel",
             "time_embedding_type": "learned",

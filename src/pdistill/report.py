@@ -70,7 +70,7 @@ def comparison_sheet(directory: Path, rows: list[dict], columns: int = COLUMNS) 
             f"teacher\n{label}" if row["stage"] == "teacher" else label, rotation=0, ha="right", va="center"
         )
     figure.tight_layout(pad=0.4, h_pad=0.1)
-    figure.savefig(directory / "comparison.png", dpi=110)
+    figure.savefig(directory / "comparison.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 

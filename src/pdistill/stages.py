@@ -18,13 +18,15 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from pdistill import run
-from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog, sample_grid, save_grid
+from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
 from pdistill.dataset import ImageDataModule, ImageSet
 from pdistill.denoiser import Denoiser, write_json
 from pdistill.distillation import DistillationModule
 from pdistill.errors import UserError
 from pdistill.logger import log_stage, log_summary
+from pdistill.metrics import generate
 from pdistill.network import set_dropout
+from pdistill.pictures import save_grid
 from pdistill.randomness import sample_noise, seed_of
 from pdistill.report import comparison_sheet, write_report
 from pdistill.sampling import sample
@@ -276,8 +278,8 @@ def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str
     if run.is_main_process():
         row["seconds_per_image"] = seconds_per_image(denoiser, num_steps, device)
         row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}
-        grid = sample_grid(denoiser, num_steps, job.cfg.seed, GRID_IMAGES, device)
-        save_grid(grid, directory / "samples.png")
+        grid = generate(denoiser, range(GRID_IMAGES), num_steps, job.cfg.seed, device=device)
+        save_grid(torch.cat(list(grid)).cpu(), directory / "samples.png")
         log_stage(job.loggers, metric_prefix(name), row, directory, job.cfg.name)
         write_json(directory / "metrics.json", row)
     if torch.distributed.is_initialized():

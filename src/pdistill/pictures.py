@@ -1,0 +1,59 @@
+"""Grids of samples, as PNGs."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError
+from pdistill.metrics import generate
+
+
+def save_grid(images: Tensor, path: Path, nrow: int = 8, tile: int = 48) -> None:
+    """A PNG of (B, C, H, W) in [-1, 1], tiles enlarged without smoothing to at least `tile` pixels."""
+    scale = max(1, tile // images.shape[-1])
+    enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    temporary = path.with_name(f".{path.name}")
+    save_image(enlarged, temporary, nrow=nrow, normalize=True, value_range=(-1, 1), padding=2, pad_value=1.0)
+    temporary.replace(path)
+
+
+def draw(cfg: DictConfig) -> Path:
+    """What sample.py does; returns the grid's path. Raises UserError where the settings do not fit the denoiser."""
+    if cfg.denoiser is None:
+        raise UserError("denoiser=<directory> is missing, e.g. denoiser=outputs/demo/steps-0004/denoiser")
+    denoiser = Denoiser.load(cfg.denoiser)
+    num_steps = cfg.num_steps or denoiser.num_steps
+    if num_steps is None:
+        raise UserError(f"denoiser={cfg.denoiser} is a teacher, made for no step count of its own: give num_steps=...")
+    for key, value in {"num_steps": num_steps, "num_images": cfg.num_images, "batch_size": cfg.batch_size}.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{key}={value} must be a whole number, at least 1")
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"sampler": cfg.sampler, "variance": cfg.variance, "clip": cfg.clip}
+    batches = generate(
+        denoiser.to(device), range(cfg.num_images), num_steps, cfg.seed, cfg.batch_size, device, **options
+    )
+    try:
+        total = -(-cfg.num_images // cfg.batch_size)
+        images = torch.cat([b.cpu() for b in tqdm(batches, f"{num_steps} steps", total, unit="batch")])
+    except ValueError as error:  # an unknown sampler or variance
+        raise UserError(str(error)) from error
+    grid = Path(cfg.output or _default_output(Path(cfg.denoiser), num_steps, cfg.seed))
+    grid.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images, grid)
+    if cfg.individual:
+        folder = grid.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            save_image(image, folder / f"{i:05d}.png", normalize=True, value_range=(-1, 1))
+    return grid
+
+
+def _default_output(denoiser: Path, num_steps: int, seed: int) -> Path:
+    run, stage = denoiser.resolve().parts[-3:-1]
+    return Path("outputs/samples") / f"{run}-{stage}-{num_steps}-steps-seed-{seed}.png"

@@ -1,0 +1,75 @@
+"""Shared by the tests: a command line in a scratch directory, and one finished smoke run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A directory for the session's runs, with a cache of its own."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="session")
+def start(workplace):
+    """start("distill.py", "experiment=smoke") -> a Popen in the workplace; output is captured as text."""
+
+    def start(script: str, *overrides: str) -> subprocess.Popen:
+        environment = os.environ | {"PDISTILL_CACHE": str(workplace / "cache"), "WANDB_MODE": "offline"}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *overrides],
+            cwd=workplace,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run(start):
+    """run("distill.py", "experiment=smoke") -> (exit status, stdout, stderr)."""
+
+    def run(script: str, *overrides: str) -> tuple[int, str, str]:
+        process = start(script, *overrides)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smoke(run, workplace) -> Path:
+    """The run directory of `python distill.py experiment=smoke`, finished."""
+    status, _, err = run("distill.py", "experiment=smoke")
+    assert status == 0, err
+    return workplace / "outputs" / "smoke"
+
+
+@pytest.fixture
+def tiny():
+    """tiny("v") -> a small denoiser with random weights, its output not zero."""
+
+    def tiny(name: str = "v", channels: int = 1, size: int = 8, seed: int = 0, **options):
+        from pdistill.denoiser import Denoiser
+        from pdistill.network import unet
+        from pdistill.parameterization import BY_NAME
+        from pdistill.schedule import CosineSchedule
+
+        torch.manual_seed(seed)
+        parameterization = BY_NAME[name]()
+        network = unet(size, channels, parameterization.channels(channels), 32, 64, [1, 1], 1, [4], **options)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
+        return Denoiser(network, parameterization, CosineSchedule()).eval()
+
+    return tiny
