@@ -80,7 +80,7 @@ def test_a_name_stands_for_one_configuration(smoke, run):
 
 
 def test_a_given_teacher_any_plan_and_a_student_ema(smoke, run, workplace):
-    status, out, err = run(
+    status, _, err = run(
         "distill.py",
         "experiment=smoke",
         f"teacher={smoke / 'teacher' / 'denoiser'}",

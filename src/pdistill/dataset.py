@@ -81,8 +81,8 @@ def _read_image(file: Path, size: int, channels: int) -> np.ndarray:
             image = image.convert({1: "L", 3: "RGB"}[channels])
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+            square = image.crop((left, top, left + side, top + side))
+            pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise UserError(f"{file} cannot be read as an image ({error}): mend it or take it out of the folder") from error
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
