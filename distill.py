@@ -1,20 +1,18 @@
 """Distil a teacher stage by stage: `python distill.py steps=demo`. Settings: conf/distill.yaml."""
 
-from pdistill import cli
+from pdistill import cli, report, run
 
 
 def main(cfg) -> None:
-    from pdistill import report, run
-
-    directory = run.directory_of(cfg)
-    run.check_configuration(cfg, directory)
-    if (directory / "summary.json").exists() and not cfg.overwrite:
+    directory, finished = run.find(cfg, result="summary.json")
+    if finished:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
-        from pdistill.stages import distill
+        from pdistill.stages import distill  # torch and its company: seconds that a finished run need not wait
 
-        distill(cfg)
-    report.show(directory)
+        distill(cfg, directory)
+    if run.is_main_process():
+        report.show(directory)
 
 
 if __name__ == "__main__":

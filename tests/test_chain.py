@@ -113,7 +113,7 @@ def test_sweep_survives_a_failing_job_and_writes_its_table(run, workplace):
     assert status == 2 and "2 of 4 jobs failed" in err and "Traceback" not in err
     table = (workplace / out.split("sweep: ")[1].split(" ")[0]).read_text().splitlines()
     assert len(table) == 6 and "fid_classifier teacher" in table[0] and "fid_classifier 1" in table[0]
-    assert sum("| V |" in line for line in table) == 2 and sum("cannot be distilled" in line for line in table) == 2
+    assert sum("| v |" in line for line in table) == 2 and sum("cannot be distilled" in line for line in table) == 2
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x", "x_eps", "v"])

@@ -50,7 +50,7 @@ def test_image_folder(tmp_path):
 def test_classifier_fid_against_scipy_and_its_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PDISTILL_CACHE", str(tmp_path))
     data = digits()
-    extractor = train_classifier(data, epochs=2)
+    extractor = train_classifier(data, epochs=6)
     accuracy = (extractor.head(extractor(data.images)).argmax(1) == data.labels).float().mean()
     assert accuracy > 0.9
     fake = (torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1).split(100)
@@ -62,5 +62,5 @@ def test_classifier_fid_against_scipy_and_its_cache(tmp_path, monkeypatch):
 
     files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert len(files) == 2
-    again = measure_fid(fid_metric(train_classifier(data, epochs=2), data), iter(fake))
+    again = measure_fid(fid_metric(train_classifier(data, epochs=6), data), iter(fake))
     assert again == ours and files == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}

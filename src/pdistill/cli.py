@@ -46,7 +46,9 @@ def run(job: Callable[[DictConfig], object], config_name: str) -> None:
         overrides = list(hydra_cfg.overrides.task)
         print(f"\nsweep, job {hydra_cfg.job.num}: {' '.join(overrides)}")
         error = _run_sweep_job(job, cfg, overrides)
-        results.append(sweep.Job(cfg.get("name"), overrides, error))
+        groups = {k: hydra_cfg.runtime.choices.get(k) for k in ("parameterization", "weighting")}
+        typed = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)
+        results.append(sweep.Job(cfg.get("name"), groups | typed, error))
 
     try:
         main()

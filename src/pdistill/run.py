@@ -48,17 +48,18 @@ def is_main_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
-def directory_of(cfg: DictConfig) -> Path:
-    """outputs/<name>. Raises UserError for a name that is not a plain directory name."""
-    if not re.fullmatch(r"[\w.,=+-]+", cfg.name) or cfg.name.startswith("."):
-        raise UserError(f"name={cfg.name!r} must be one directory name of letters, digits and . , = + - _")
-    return Path("outputs") / cfg.name
+def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
+    """outputs/<name>, and whether the run there is finished, that is, holds the file `result`.
 
-
-def check_configuration(cfg: DictConfig, directory: Path) -> None:
-    """Raises UserError if `directory` holds a run with another configuration, unless cfg.overwrite."""
+    Raises UserError for a name that is not a plain directory name, and, unless cfg.overwrite, for a directory
+    that is no run or holds one with another configuration.
+    """
+    name = str(cfg.name)
+    if not re.fullmatch(r"[\w.,=+-]+", name) or name.startswith("."):
+        raise UserError(f"name={name} must be one directory name of letters, digits and . , = + - _")
+    directory = Path("outputs") / name
     if cfg.overwrite or not directory.exists():
-        return
+        return directory, False
     if not (directory / "config.yaml").exists():
         raise UserError(f"{directory} exists and is no run of pdistill (no config.yaml): choose another name=...")
     ours, theirs = (_flat(c) for c in (cfg, OmegaConf.load(directory / "config.yaml")))
@@ -72,6 +73,7 @@ def check_configuration(cfg: DictConfig, directory: Path) -> None:
             f"{directory} holds a run with another configuration ({'; '.join(differing)}): "
             f"choose another name=..., or overwrite=true to delete it and start afresh"
         )
+    return directory, (directory / result).exists()
 
 
 def _flat(cfg: DictConfig) -> dict[str, str]:

@@ -67,25 +67,25 @@ class Job:
         )
 
 
-def train(cfg: DictConfig) -> None:
-    """A teacher, in outputs/<name>/teacher. Raises UserError before any work starts where the input is bad."""
+def train(cfg: DictConfig, directory: Path) -> None:
+    """A teacher, in `directory`/teacher. Raises UserError before any work starts where the input is bad."""
     data = load_data(cfg)
     plan = list(cfg.steps.plan)
     stages(plan, cfg.steps.updates, cfg.steps.updates_last_two)
     teacher = new_denoiser(cfg, data)
-    job = open_job(cfg, data)
+    job = open_job(cfg, directory, data)
     _train_teacher(job, teacher)
     _finish_stage(job, "teacher", plan[0], updates=cfg.training.updates)
 
 
-def distill(cfg: DictConfig) -> None:
-    """The whole of a run, to summary.json and report.html. Raises UserError before any work starts."""
+def distill(cfg: DictConfig, directory: Path) -> None:
+    """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
     data = load_data(cfg)
     plan = stages(list(cfg.steps.plan), cfg.steps.updates, cfg.steps.updates_last_two)
     template = new_denoiser(cfg, data)
     check_stable(cfg, template)
     given = load_teacher(cfg, template) if cfg.teacher else None
-    job = open_job(cfg, data)
+    job = open_job(cfg, directory, data)
 
     if given is None:
         _train_teacher(job, template)
@@ -170,9 +170,8 @@ def load_teacher(cfg: DictConfig, template: Denoiser) -> Denoiser:
     return teacher
 
 
-def open_job(cfg: DictConfig, data: ImageSet) -> Job:
+def open_job(cfg: DictConfig, directory: Path, data: ImageSet) -> Job:
     """The run directory, the loggers and the extractor."""
-    directory = run.directory_of(cfg)
     run.open_directory(cfg, directory)
     fid = None
     if cfg.metrics.extractor is not None:
@@ -280,7 +279,7 @@ def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str
         row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}
         grid = generate(denoiser, range(GRID_IMAGES), num_steps, job.cfg.seed, device=device)
         save_grid(torch.cat(list(grid)).cpu(), directory / "samples.png")
-        log_stage(job.loggers, metric_prefix(name), row, directory, job.cfg.name)
+        log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
         write_json(directory / "metrics.json", row)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -6,17 +6,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from pdistill.errors import UserError
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep; `error` is its line if it failed."""
+    """One job of a sweep: its run, what was chosen for it, and its line of error if it failed."""
 
     name: str
-    overrides: list[str]
+    choices: dict[str, str]
     error: str | None = None
 
 
@@ -45,13 +43,8 @@ def finish(jobs: list[Job]) -> None:
 def _row(job: Job) -> dict[str, object]:
     """parameterization, weighting, what else was swept, the FID of the teacher and of each student."""
     directory = Path("outputs") / job.name
-    typed = dict(o.lstrip("+").split("=", 1) for o in job.overrides if "=" in o)
-    row: dict[str, object] = {"parameterization": "", "weighting": ""}
-    if (directory / "config.yaml").exists():
-        cfg = OmegaConf.load(directory / "config.yaml")
-        row["weighting"] = cfg.weighting.path.rsplit(".", 1)[1]
-        row["parameterization"] = cfg.parameterization._target_.rsplit(".", 1)[1]
-    row |= {k: v for k, v in typed.items() if k not in ("name", "experiment", "overwrite")}
+    row: dict[str, object] = {k: job.choices.get(k, "") for k in ("parameterization", "weighting")}
+    row |= {k: v for k, v in job.choices.items() if k not in ("name", "experiment", "overwrite")}
     for metrics in sorted(directory.glob("*/metrics.json"), reverse=True):
         stage = json.loads(metrics.read_text())
         column = "teacher" if stage["stage"] == "teacher" else str(stage["num_steps"])
