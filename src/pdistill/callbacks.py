@@ -22,33 +22,51 @@ def bin_name(k: int) -> str:
     return f"{-20 + 5 * k}_{-15 + 5 * k}"
 
 
-class TrainingLog(Callback):
+class PerUpdate(Callback):
+    """Calls `on_update` after each update of the weights: with accumulated gradients, not after every batch."""
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.last_update = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        if trainer.global_step != self.last_update:
+            self.last_update = trainer.global_step
+            self.on_update(trainer, module, trainer.global_step)
+
+    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+        raise NotImplementedError
+
+
+class TrainingLog(PerUpdate):
     """Logs loss, its mean in eight bins of logsnr, gradient norm, learning rate and images/s under `prefix`/.
 
     Stops the training with a UserError at the first loss or gradient that is not finite. Everything is summed
     up on the device and read once every `log_every_n_steps` updates, on a CPU (where reading is free) at each.
     """
 
-    def __init__(self, prefix: str, images_per_step: int) -> None:
+    def __init__(self, prefix: str, images_per_update: int) -> None:
         self.prefix = prefix
-        self.images_per_step = images_per_step
+        self.images_per_update = images_per_update
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.edges = torch.tensor(LOGSNR_EDGES, device=module.device)
         self.first_bad = torch.full((9,), torch.inf, device=module.device)  # update per bin, and for the gradient
         self._reset(module)
 
     def _reset(self, module: LightningModule) -> None:
         self.loss_sum, self.count = (torch.zeros(8, device=module.device) for _ in range(2))
-        self.steps, self.since = 0, time.perf_counter()
+        self.updates, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
         losses, logsnr = outputs["losses"], outputs["logsnr"]
         bins = torch.bucketize(logsnr.clamp(-20, 20), self.edges)
         self.loss_sum.index_add_(0, bins, losses.float())
         self.count.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
-        self.steps += 1
-        update = trainer.global_step
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+        self.updates += 1
         bad = torch.cat([self.loss_sum, module.gradient_norm[None]]).isfinite().logical_not()
         self.first_bad = torch.where(bad, self.first_bad.clamp(max=update), self.first_bad)
         logs = update % trainer.log_every_n_steps == 0
@@ -73,7 +91,7 @@ class TrainingLog(Callback):
             "loss": self.loss_sum.sum() / self.count.sum(),
             "gradient_norm": module.gradient_norm,
             "learning_rate": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
-            "images_per_second": self.steps * self.images_per_step / seconds,
+            "images_per_second": self.updates * self.images_per_update / seconds,
         }
         per_bin, counts = (self.loss_sum / self.count).tolist(), self.count.tolist()
         values |= {f"loss_by_logsnr/{bin_name(k)}": per_bin[k] for k in range(8) if counts[k]}
@@ -82,7 +100,7 @@ class TrainingLog(Callback):
         self._reset(module)
 
 
-class ResumableCheckpoint(Checkpoint):
+class ResumableCheckpoint(PerUpdate, Checkpoint):
     """Keeps `path` up to date: every `every_n_updates`, and when Ctrl-C or SIGTERM asks the training to stop.
 
     The signal is acted upon between two updates; a second one ends the process at once.
@@ -95,6 +113,7 @@ class ResumableCheckpoint(Checkpoint):
         self.signal: int | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for s in self.handlers:
             signal.signal(s, self._remember)
@@ -105,8 +124,7 @@ class ResumableCheckpoint(Checkpoint):
             signal.raise_signal(number)
         self.signal = number
 
-    def on_train_batch_end(self, trainer: Trainer, module, outputs, batch, batch_idx: int) -> None:
-        update = trainer.global_step
+    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         due = update % self.every_n_updates == 0
         stop = self.signal is not None
         if trainer.world_size > 1:  # all ranks must agree, which costs an exchange: only now and then
@@ -128,7 +146,7 @@ class ResumableCheckpoint(Checkpoint):
             self.on_train_end(trainer, module)
 
 
-class FID(Callback):
+class FID(PerUpdate):
     """The Frechet distance of samples to a whole dataset, with any extractor.
 
     `measure` is a function of the denoiser; in training, the module's `result` is measured every
@@ -166,8 +184,7 @@ class FID(Callback):
         bar = tqdm(batches, f"{self.name} at {num_steps} steps", total, unit="batch", leave=False, disable=rank > 0)
         return measure_fid(metric, bar)
 
-    def on_train_batch_end(self, trainer: Trainer, module, outputs, batch, batch_idx: int) -> None:
-        update = trainer.global_step
+    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         if self.every_n_updates and update % self.every_n_updates == 0 and update < trainer.max_steps:
             value = self.measure(module.result.eval(), self.num_steps, module.device)
             module.train()
