@@ -17,6 +17,9 @@ import pytest
         ("train.py", ["training.batch_size=63", "trainer=ddp_cpu"], ["batch_size=63", "multiple of 2"]),
         ("train.py", ["network.ch=20"], ["multiple of 32"]),
         ("train.py", ["name=../escape"], ["one directory name"]),
+        ("train.py", ["training.updates=many"], ["training.updates=many", "whole number"]),
+        ("train.py", ["training.ema_decay=1.5"], ["training.ema_decay=1.5", "or null"]),
+        ("distill.py", ["trainer.accelerator=tpu"], ["tpu"]),
         ("sample.py", [], ["denoiser=<directory> is missing"]),
     ],
 )

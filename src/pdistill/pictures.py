@@ -34,10 +34,12 @@ def draw(cfg: DictConfig) -> Path:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{key}={value} must be a whole number, at least 1")
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        denoiser.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device} is not to be had here ({str(error).splitlines()[0]})") from error
     options = {"sampler": cfg.sampler, "variance": cfg.variance, "clip": cfg.clip}
-    batches = generate(
-        denoiser.to(device), range(cfg.num_images), num_steps, cfg.seed, cfg.batch_size, device, **options
-    )
+    batches = generate(denoiser, range(cfg.num_images), num_steps, cfg.seed, cfg.batch_size, device, **options)
     try:
         total = -(-cfg.num_images // cfg.batch_size)
         images = torch.cat([b.cpu() for b in tqdm(batches, f"{num_steps} steps", total, unit="batch")])

@@ -21,6 +21,16 @@ def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
+def seed_global_generator(device: torch.device, *key: int) -> None:
+    """Seeds the CPU's and the device's global generators, which dropout draws from.
+
+    `torch.manual_seed` would also queue a call for every accelerator that is not in use, at every step.
+    """
+    torch.default_generator.manual_seed(seed_of(*key))
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed_of(*key))
+
+
 def sample_noise(seed: int, indices: Iterable[int], shape: tuple[int, ...], draw: int = 0) -> Tensor:
     """Standard normal noise (B, *shape) in which image i depends on (seed, i, draw) alone.
 

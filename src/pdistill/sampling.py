@@ -44,7 +44,6 @@ def ancestral_step(
     return mean + broadcast(std, z_t) * noise
 
 
-@torch.no_grad()
 def sample(
     denoiser: Callable[..., Tensor],
     noise: Tensor,
@@ -73,17 +72,19 @@ def sample(
         step_noise = lambda i: torch.randn_like(noise)  # noqa: E731
     elif not callable(step_noise):
         step_noise = step_noise.__getitem__
-    # (N + 1, B): the grid is known beforehand, so it is computed once and not per step.
-    grid = torch.arange(num_steps + 1, device=noise.device, dtype=torch.promote_types(noise.dtype, torch.float32))
-    logsnr = logsnr_on_grid(denoiser.schedule, grid, num_steps)[:, None].expand(-1, len(noise))
-    z = noise
-    for i in range(num_steps, 0, -1):
-        x_hat = denoiser(z, (grid[i] / num_steps).expand(len(z)), label)
-        if clip:
-            x_hat = x_hat.clamp(-1, 1)
-        if i == 1:
-            return x_hat
-        if sampler == "ddim":
-            z = ddim_step(z, x_hat, logsnr[i], logsnr[i - 1])
-        else:
-            z = ancestral_step(z, x_hat, logsnr[i], logsnr[i - 1], step_noise(i - 1), variance)
+    with torch.inference_mode():
+        # The grid is known beforehand: (N + 1, 1), so that a row broadcasts over the batch.
+        grid = torch.arange(num_steps + 1, device=noise.device, dtype=torch.promote_types(noise.dtype, torch.float32))
+        logsnr = logsnr_on_grid(denoiser.schedule, grid, num_steps)[:, None]
+        z = noise
+        for i in range(num_steps, 0, -1):
+            x_hat = denoiser(z, (grid[i] / num_steps).expand(len(z)), label)
+            if clip:
+                x_hat = x_hat.clamp(-1, 1)
+            if i == 1:
+                break
+            if sampler == "ddim":
+                z = ddim_step(z, x_hat, logsnr[i], logsnr[i - 1])
+            else:
+                z = ancestral_step(z, x_hat, logsnr[i], logsnr[i - 1], step_noise(i - 1), variance)
+    return x_hat.clone()  # an ordinary tensor, which autograd may use

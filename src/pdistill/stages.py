@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pdistill import run
 from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
+from pdistill.checks import check_settings, check_stable, check_teacher
 from pdistill.dataset import ImageDataModule, ImageSet
 from pdistill.denoiser import Denoiser, write_json
 from pdistill.distillation import DistillationModule
@@ -30,12 +31,10 @@ from pdistill.pictures import save_grid
 from pdistill.randomness import sample_noise, seed_of
 from pdistill.report import comparison_sheet, write_report
 from pdistill.sampling import sample
-from pdistill.schedule import alpha_sigma
 from pdistill.steps import stages
 from pdistill.teacher import TeacherModule
 
 GRID_IMAGES = 64
-NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
 
 warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that do not fit this use
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -69,7 +68,8 @@ class Job:
 
 def train(cfg: DictConfig, directory: Path) -> None:
     """A teacher, in `directory`/teacher. Raises UserError before any work starts where the input is bad."""
-    data = load_data(cfg)
+    check_settings(cfg)
+    data = instantiate(cfg.dataset)
     plan = list(cfg.steps.plan)
     stages(plan, cfg.steps.updates, cfg.steps.updates_last_two)
     teacher = new_denoiser(cfg, data)
@@ -80,11 +80,14 @@ def train(cfg: DictConfig, directory: Path) -> None:
 
 def distill(cfg: DictConfig, directory: Path) -> None:
     """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
-    data = load_data(cfg)
+    check_settings(cfg)
+    data = instantiate(cfg.dataset)
     plan = stages(list(cfg.steps.plan), cfg.steps.updates, cfg.steps.updates_last_two)
     template = new_denoiser(cfg, data)
     check_stable(cfg, template)
-    given = load_teacher(cfg, template) if cfg.teacher else None
+    given = Denoiser.load(cfg.teacher) if cfg.teacher else None
+    if given is not None:
+        check_teacher(cfg, template, given)
     job = open_job(cfg, directory, data)
 
     if given is None:
@@ -104,26 +107,6 @@ def distill(cfg: DictConfig, directory: Path) -> None:
         write_json(job.directory / "summary.json", rows)
 
 
-def load_data(cfg: DictConfig) -> ImageSet:
-    data = instantiate(cfg.dataset)
-    for section in ("training", "distillation"):
-        if section in cfg:
-            check_batch_size(f"{section}.batch_size", cfg[section].batch_size, cfg)
-    return data
-
-
-def check_batch_size(key: str, batch_size: int, cfg: DictConfig) -> None:
-    """Raises UserError unless the global batch divides into the devices' micro-batches."""
-    trainer = cfg.trainer
-    devices = trainer.devices if isinstance(trainer.devices, int) and trainer.devices > 0 else torch.cuda.device_count()
-    parts = max(1, devices) * trainer.get("num_nodes", 1) * trainer.accumulate_grad_batches
-    if batch_size < parts or batch_size % parts:
-        raise UserError(
-            f"{key}={batch_size} cannot be divided into {parts} equal parts (devices times accumulated batches): "
-            f"use a multiple of {parts}"
-        )
-
-
 def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
     """An untrained denoiser of the configured kind that fits the data; its weights depend on the seed alone."""
     parameterization, schedule = instantiate(cfg.parameterization), instantiate(cfg.schedule)
@@ -133,41 +116,6 @@ def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
         image_size=height, image_channels=channels, out_channels=parameterization.channels(channels)
     )
     return Denoiser(network, parameterization, schedule)
-
-
-def check_stable(cfg: DictConfig, denoiser: Denoiser) -> None:
-    """Raises UserError for a parameterization that no distillation with this schedule survives."""
-    terminal = denoiser.schedule(torch.ones(1))
-    if cfg.allow_unstable or denoiser.parameterization.stable_at_zero_snr or terminal > NEARLY_ZERO_SNR:
-        return
-    alpha = float(alpha_sigma(terminal)[0])
-    raise UserError(
-        f"parameterization={denoiser.parameterization.name} cannot be distilled with a schedule that ends at "
-        f"log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use "
-        f"parameterization=x, x_eps or v, or allow_unstable=true to try all the same"
-    )
-
-
-def load_teacher(cfg: DictConfig, template: Denoiser) -> Denoiser:
-    """The given teacher. Raises UserError unless it is what the configuration says."""
-    teacher = Denoiser.load(cfg.teacher)
-    ours, theirs = template.architecture, teacher.architecture
-    wrong = [
-        f"{k} {theirs[k]!r}, configured {ours[k]!r}" for k in ("parameterization", "schedule") if ours[k] != theirs[k]
-    ]
-    network = {k for k in ours["network"] if ours["network"][k] != theirs["network"].get(k)}
-    wrong += [f"network.{k} {theirs['network'].get(k)}, configured {ours['network'][k]}" for k in sorted(network)]
-    if wrong:
-        raise UserError(
-            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set the groups "
-            f"parameterization, schedule, network and dataset to what the teacher was trained with"
-        )
-    if teacher.num_steps is not None and teacher.num_steps != cfg.steps.plan[0]:
-        raise UserError(
-            f"teacher={cfg.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "
-            f"{cfg.steps.plan[0]}: start the plan at {teacher.num_steps}"
-        )
-    return teacher
 
 
 def open_job(cfg: DictConfig, directory: Path, data: ImageSet) -> Job:

@@ -1,14 +1,15 @@
 """What teacher training and distillation share: one LightningModule, one loss, one optimizer."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pdistill.denoiser import Denoiser
-from pdistill.randomness import seed_of
+from pdistill.randomness import seed_global_generator
 
 
 def weighted_loss(weighting: Callable[[Tensor], Tensor], x_hat: Tensor, x: Tensor, logsnr: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ class DenoisingModule(LightningModule):
         self.gradient_norm: Tensor | None = None
         self.ema = None
         if ema_decay is not None:
-            self.ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+            self.ema = copy.deepcopy(denoiser).requires_grad_(False)
+            self.average = get_ema_multi_avg_fn(ema_decay)
 
     def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -57,15 +59,19 @@ class DenoisingModule(LightningModule):
     @property
     def result(self) -> Denoiser:
         """The denoiser that the training is for: the EMA where there is one."""
-        return self.denoiser if self.ema is None else self.ema.module
+        return self.denoiser if self.ema is None else self.ema
 
     def label_of(self, batch: dict) -> Tensor | None:
         return None if self.denoiser.num_classes is None else batch["label"]
 
     def training_step(self, batch: dict, batch_idx: int) -> dict:
-        torch.manual_seed(seed_of(self.seed, self.stage, int(batch["step"]), self.global_rank))
+        seed_global_generator(self.device, self.seed, self.stage, int(batch["step"]), self.global_rank)
         losses, logsnr = self.losses(batch)
         return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": logsnr}
+
+    def on_fit_start(self) -> None:
+        if self.ema is not None:  # listed once: walking the modules takes a millisecond
+            self.averaged = list(self.ema.parameters()), list(self.denoiser.parameters())
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(
@@ -76,10 +82,10 @@ class DenoisingModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), limit)
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         # Not in on_train_batch_end: callbacks, and with them checkpoints, come before that hook of the module.
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
-            self.ema.update_parameters(self.denoiser)
+            self.average(*self.averaged, None)

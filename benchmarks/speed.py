@@ -1,0 +1,166 @@
+"""What the framework costs, as ratios measured in one process: `make bench`.
+
+Each pair of contenders takes turns, and the ratio is that of the medians over all their steps.
+"""
+
+import copy
+import logging
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pdistill.callbacks import ResumableCheckpoint, TrainingLog
+from pdistill.dataset import ImageDataModule, ImageSet, to_float
+from pdistill.denoiser import Denoiser
+from pdistill.distillation import DistillationModule
+from pdistill.parameterization import X
+from pdistill.sampling import sample
+from pdistill.schedule import CosineSchedule, alpha_sigma
+from pdistill.teacher import TeacherModule
+from pdistill.training import DenoisingModule
+from pdistill.weighting import truncated_snr
+
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+WARM_UP = 3  # steps of every round that are not counted
+CONF = Path(__file__).parent.parent / "conf"
+
+
+class Clock(Callback):
+    """Seconds from the end of one training step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_) -> None:
+        self.ends.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        return [b - a for a, b in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False)]
+
+
+def denoiser(network: str, size: int, channels: int) -> Denoiser:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        network = instantiate(compose("train", [f"network={network}", "name=bench"]).network)
+    return Denoiser(network(size, channels, channels), X(), CosineSchedule()).train()
+
+
+def fit(module: DenoisingModule, data: ImageSet, batch_size: int, steps: int) -> list[float]:
+    """Steps of Lightning's loop with the callbacks and the logger that training has."""
+    with tempfile.TemporaryDirectory() as directory:
+        log, clock = TrainingLog("bench", batch_size), Clock()
+        checkpoint = ResumableCheckpoint(Path(directory) / "last.ckpt", 10**9, log)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=CSVLogger(directory),
+            callbacks=[log, checkpoint, clock],
+            max_epochs=-1,
+            max_steps=steps + WARM_UP + 1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=50,
+        )
+        trainer.fit(module, ImageDataModule(data, batch_size, 0, 0))
+    return clock.steps()
+
+
+def bare_teacher(model: Denoiser, data: ImageSet, batch_size: int, steps: int) -> list[float]:
+    """The same teacher step as a plain loop: batch, loss, clipping, AdamW, EMA; nothing logged."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999)).requires_grad_(False)
+    ends = []
+    for _ in range(steps + WARM_UP + 1):
+        x = to_float(data.images[torch.randint(len(data.images), (batch_size,))])
+        t = torch.rand(batch_size)
+        logsnr = model.schedule(t)
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma(logsnr))
+        x_hat = model(alpha * x + sigma * torch.randn_like(x), t)
+        loss = (truncated_snr(logsnr) * (x_hat - x).square().mean((1, 2, 3))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(model)
+        ends.append(time.perf_counter())
+    return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
+
+
+def compare(ours: Callable[[], list[float]], theirs: Callable[[], list[float]], rounds: int) -> tuple[float, float]:
+    """The medians of both, taking turns."""
+    a, b = [], []
+    for _ in range(rounds):
+        a += ours()
+        b += theirs()
+    return statistics.median(a), statistics.median(b)
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    table = Table(title=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+    for heading in ("network", "ratio", "measured", "limit", "ours, ms", "theirs, ms"):
+        table.add_column(heading)
+
+    def row(network: str, what: str, limit: float, ours: float, theirs: float) -> None:
+        table.add_row(network, what, f"{ours / theirs:.3f}", f"{limit}", f"{ours * 1000:.1f}", f"{theirs * 1000:.1f}")
+
+    settings = {"learning_rate": 1e-3}
+    for network, size, channels, batch, steps, rounds, limit in (
+        ("digits", 8, 1, 64, 60, 6, 1.10),
+        ("cifar10", 32, 3, 4, 4, 3, 1.03),
+    ):
+        torch.manual_seed(0)
+        data = ImageSet("noise", torch.randint(0, 256, (512, channels, size, size), dtype=torch.uint8))
+        model = denoiser(network, size, channels)
+
+        def teacher(model=model, data=data, batch=batch, steps=steps) -> list[float]:
+            return fit(TeacherModule(model, truncated_snr, ema_decay=0.999, **settings), data, batch, steps)
+
+        def bare(model=model, data=data, batch=batch, steps=steps) -> list[float]:
+            return bare_teacher(model, data, batch, steps)
+
+        def teacher_without_ema(model=model, data=data, batch=batch, steps=steps) -> list[float]:
+            return fit(TeacherModule(model, truncated_snr, **settings), data, batch, steps)
+
+        def distillation(model=model, data=data, batch=batch, steps=steps) -> list[float]:
+            module = DistillationModule(copy.deepcopy(model), 8, truncated_snr, updates=steps, **settings)
+            return fit(module, data, batch, steps)
+
+        row(network, "Lightning teacher step / bare loop", limit, *compare(teacher, bare, rounds))
+        row(network, "distillation step / teacher step", 1.75, *compare(distillation, teacher_without_ema, rounds))
+        model = model.eval()
+        noise, t, n = torch.randn(batch, channels, size, size), torch.full((batch,), 500.0), 16 if size == 8 else 4
+
+        def sampled(model=model, noise=noise, n=n) -> list[float]:
+            return timed(lambda: sample(model, noise, n), 20 if n == 16 else 3)
+
+        @torch.no_grad()
+        def evaluated(model=model, noise=noise, n=n, t=t) -> list[float]:
+            return timed(lambda: [model.network(noise, t) for _ in range(n)], 20 if n == 16 else 3)
+
+        row(network, f"sample() / its {n} network evaluations", 1.03, *compare(sampled, evaluated, 4))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

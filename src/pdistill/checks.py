@@ -1,0 +1,84 @@
+"""What is refused before any work starts: each check raises a UserError that says how to mend it."""
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError
+from pdistill.schedule import alpha_sigma
+
+NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
+COUNTS = (
+    "training.updates",
+    "training.batch_size",
+    "distillation.batch_size",
+    "steps.updates",
+    "steps.updates_last_two",
+    "checkpoint_every_n_updates",
+    "trainer.accumulate_grad_batches",
+    "trainer.log_every_n_steps",
+)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Numbers in their ranges, batches that divide among the devices, and a trainer that this machine can run."""
+    at_least = dict.fromkeys(COUNTS, 1) | {"seed": 0, "num_workers": 0, "training.warmup_updates": 0}
+    at_least |= {"metrics.num_samples": 2} if cfg.metrics.extractor is not None else {}
+    for key, least in at_least.items():
+        value = OmegaConf.select(cfg, key, default=least)
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"{key}={value} must be a whole number, at least {least}")
+    for section in (k for k in ("training", "distillation") if k in cfg):
+        for key, value in cfg[section].items():
+            allowed_null = key in ("ema_decay", "gradient_clip")
+            limit = 1 if key in ("ema_decay", "dropout") else float("inf")
+            if not ((value is None and allowed_null) or (isinstance(value, int | float) and 0 <= value < limit)):
+                null = " or null" if allowed_null else ""
+                raise UserError(f"{section}.{key}={value} must be a number in [0, {limit}){null}")
+        _check_batch_size(f"{section}.batch_size", cfg[section].batch_size, cfg.trainer)
+    instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+
+
+def _check_batch_size(key: str, batch_size: int, trainer: DictConfig) -> None:
+    many = isinstance(trainer.devices, int) and trainer.devices > 0
+    devices = trainer.devices if many else max(1, torch.cuda.device_count())
+    parts = devices * trainer.get("num_nodes", 1) * trainer.accumulate_grad_batches
+    if batch_size % parts:
+        raise UserError(
+            f"{key}={batch_size} cannot be divided into {parts} equal parts (devices times accumulated batches): "
+            f"use a multiple of {parts}"
+        )
+
+
+def check_stable(cfg: DictConfig, denoiser: Denoiser) -> None:
+    """A parameterization that distillation with this schedule survives, unless cfg.allow_unstable."""
+    terminal = denoiser.schedule(torch.ones(1))
+    if cfg.allow_unstable or denoiser.parameterization.stable_at_zero_snr or terminal > NEARLY_ZERO_SNR:
+        return
+    alpha = float(alpha_sigma(terminal)[0])
+    raise UserError(
+        f"parameterization={denoiser.parameterization.name} cannot be distilled with a schedule that ends at "
+        f"log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use "
+        f"parameterization=x, x_eps or v, or allow_unstable=true to try all the same"
+    )
+
+
+def check_teacher(cfg: DictConfig, template: Denoiser, teacher: Denoiser) -> None:
+    """A given teacher that is what the configuration says."""
+    ours, theirs = template.architecture, teacher.architecture
+    wrong = [
+        f"{k} {theirs[k]!r}, configured {ours[k]!r}" for k in ("parameterization", "schedule") if ours[k] != theirs[k]
+    ]
+    network = {k for k in ours["network"] if ours["network"][k] != theirs["network"].get(k)}
+    wrong += [f"network.{k} {theirs['network'].get(k)}, configured {ours['network'][k]}" for k in sorted(network)]
+    if wrong:
+        raise UserError(
+            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set the groups "
+            f"parameterization, schedule, network and dataset to what the teacher was trained with"
+        )
+    if teacher.num_steps is not None and teacher.num_steps != cfg.steps.plan[0]:
+        raise UserError(
+            f"teacher={cfg.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "
+            f"{cfg.steps.plan[0]}: start the plan at {teacher.num_steps}"
+        )
