@@ -1,6 +1,7 @@
 """Every mistake is one line on stderr and a non-zero exit, before anything is written."""
 
 import pytest
+from PIL import Image
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,19 @@ def test_one_line_and_nothing_written(run, workplace, script, overrides, words):
     assert status == 2
     assert err.count("\n") == 1 and all(word in err for word in words), err
     assert set(workplace.rglob("*")) <= before
+
+
+def test_a_folder_without_classes_has_no_classifier(run, workplace):
+    folder = workplace / "photos"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("L", (9, 9), 80 * k).save(folder / f"{k}.png")
+    overrides = ["dataset=image_folder", f"dataset.path={folder}", "dataset.image_size=8", "dataset.image_channels=1"]
+    status, _, err = run("train.py", "experiment=smoke", *overrides, "name=photos")
+    assert status == 2 and "needs labels" in err and err.count("\n") == 1
+    assert not (workplace / "outputs" / "photos").exists()
+    status, _, err = run("train.py", "experiment=smoke", *overrides, "name=photos", "metrics=none")
+    assert status == 0, err
 
 
 def test_a_teacher_of_another_kind_is_refused(smoke, run):

@@ -68,14 +68,19 @@ def _artifact_name(run_name: str, prefix: str) -> str:
 
 @rank_zero_only
 def log_summary(loggers: list[Logger], rows: list[dict], comparison: Path) -> None:
-    """The whole run: the table of its stages and the comparison sheet."""
+    """The whole run, for W&B: the table of its stages and the comparison sheet."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            columns = list(rows[0])
-            table = wandb.Table(
-                columns=columns, data=[[str(r[c]) if c == "lineage" else r[c] for c in columns] for r in rows]
-            )
+            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
             logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
+
+
+@rank_zero_only
+def close(loggers: list[Logger]) -> None:
+    """Writes what is pending; ends the W&B run, so that the next job of a sweep gets one of its own."""
+    for logger in loggers:
         logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

@@ -8,6 +8,8 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from pdistill.dataset import ImageDataModule, ImageSet
 from pdistill.denoiser import Denoiser, write_json
 from pdistill.distillation import DistillationModule
 from pdistill.errors import UserError
-from pdistill.logger import log_stage, log_summary
+from pdistill.logger import close, log_stage, log_summary
 from pdistill.metrics import generate
 from pdistill.network import set_dropout
 from pdistill.pictures import save_grid
@@ -73,9 +75,9 @@ def train(cfg: DictConfig, directory: Path) -> None:
     plan = list(cfg.steps.plan)
     stages(plan, cfg.steps.updates, cfg.steps.updates_last_two)
     teacher = new_denoiser(cfg, data)
-    job = open_job(cfg, directory, data)
-    _train_teacher(job, teacher)
-    _finish_stage(job, "teacher", plan[0], updates=cfg.training.updates)
+    with open_job(cfg, directory, data) as job:
+        _train_teacher(job, teacher)
+        _finish_stage(job, "teacher", plan[0], updates=cfg.training.updates)
 
 
 def distill(cfg: DictConfig, directory: Path) -> None:
@@ -88,23 +90,22 @@ def distill(cfg: DictConfig, directory: Path) -> None:
     given = Denoiser.load(cfg.teacher) if cfg.teacher else None
     if given is not None:
         check_teacher(cfg, template, given)
-    job = open_job(cfg, directory, data)
-
-    if given is None:
-        _train_teacher(job, template)
-    elif run.is_main_process() and not (job.directory / "teacher" / "denoiser").exists():
-        given.save(job.directory / "teacher" / "denoiser", grid=cfg.steps.plan[0])
-    rows = [_finish_stage(job, "teacher", cfg.steps.plan[0], updates=0 if given else cfg.training.updates)]
-    parent = job.directory / "teacher"
-    for stage in plan:
-        _distill_stage(job, stage, parent)
-        rows.append(_finish_stage(job, stage.name, stage.num_steps, updates=stage.updates, parent=parent.name))
-        parent = job.directory / stage.name
-    if run.is_main_process():
-        comparison_sheet(job.directory, rows)
-        log_summary(job.loggers, rows, job.directory / "comparison.png")
-        write_report(job.directory, rows)
-        write_json(job.directory / "summary.json", rows)
+    with open_job(cfg, directory, data) as job:
+        teacher = directory / "teacher"
+        if given is None:
+            _train_teacher(job, template)
+        elif run.is_main_process() and not (teacher / "denoiser").exists():
+            given.save(teacher / "denoiser", grid=cfg.steps.plan[0])
+        rows = [_finish_stage(job, "teacher", cfg.steps.plan[0], updates=0 if given else cfg.training.updates)]
+        for stage in plan:
+            _distill_stage(job, stage, teacher)
+            rows.append(_finish_stage(job, stage.name, stage.num_steps, stage.updates, parent=teacher.name))
+            teacher = directory / stage.name
+        if run.is_main_process():
+            comparison_sheet(directory, rows)
+            log_summary(job.loggers, rows, directory / "comparison.png")
+            write_report(directory, rows)
+            write_json(directory / "summary.json", rows)
 
 
 def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
@@ -118,17 +119,21 @@ def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
     return Denoiser(network, parameterization, schedule)
 
 
-def open_job(cfg: DictConfig, directory: Path, data: ImageSet) -> Job:
-    """The run directory, the loggers and the extractor."""
-    run.open_directory(cfg, directory)
+@contextmanager
+def open_job(cfg: DictConfig, directory: Path, data: ImageSet) -> Iterator[Job]:
+    """The extractor, the run directory, and the loggers, which are closed whatever happens."""
     fid = None
     if cfg.metrics.extractor is not None:
         extractor = instantiate(cfg.metrics.extractor)(data)
         fid = FID(extractor, data, cfg.metrics.num_samples, cfg.seed, every_n_updates=cfg.metrics.every_n_updates)
+    run.open_directory(cfg, directory)
     loggers = [instantiate(cfg.logger)] if cfg.logger else []
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    return Job(cfg, directory, data, fid, loggers)
+    try:
+        for logger in loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        yield Job(cfg, directory, data, fid, loggers)
+    finally:
+        close(loggers)
 
 
 def _train_teacher(job: Job, teacher: Denoiser) -> None:
