@@ -20,7 +20,7 @@ from PIL import Image
         ("train.py", ["name=../escape"], ["one directory name"]),
         ("train.py", ["training.updates=many"], ["training.updates=many", "whole number"]),
         ("train.py", ["training.ema_decay=1.5"], ["training.ema_decay=1.5", "or null"]),
-        ("distill.py", ["trainer.accelerator=tpu"], ["tpu"]),
+        ("distill.py", ["trainer.accelerator=abacus"], ["abacus"]),
         ("sample.py", [], ["denoiser=<directory> is missing"]),
     ],
 )

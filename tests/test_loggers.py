@@ -1,21 +1,37 @@
-"""What W&B is told, read back from an offline run's file with wandb's own reader."""
+"""What W&B is told, read back from an offline run's file with wandb's own record types."""
 
 import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+BLOCK = 32768  # the file is a LevelDB log: blocks of (crc, length, type) and content, a record over one or more
+
+
+def records(file: Path) -> Iterator[bytes]:
+    content, position, record = file.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while position + 7 <= len(content):
+        if BLOCK - position % BLOCK < 7:
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
 
 
 def test_wandb_offline(run, workplace):
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     status, _, err = run("distill.py", "experiment=smoke", "steps.plan=[4,2]", "logger=wandb", "name=watched")
     assert status == 0, err
     (file,) = (workplace / "outputs" / "watched" / "wandb").glob("offline-run-*/run-*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
     keys, artifacts, config = set(), [], set()
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for content in records(file):
+        record = wandb_internal_pb2.Record.FromString(content)
         keys |= {"/".join(item.nested_key) or item.key for item in record.history.item}
         config |= {item.key for item in record.run.config.update} | {item.key for item in record.config.update}
         if record.request.log_artifact.artifact.name:

@@ -144,15 +144,17 @@ def _train_teacher(job: Job, teacher: Denoiser) -> None:
     module = TeacherModule(
         teacher.train(),
         instantiate(job.cfg.weighting),
-        learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
-        gradient_clip=cfg.gradient_clip,
-        ema_decay=cfg.ema_decay,
+        **_optimization(cfg),
         seed=job.cfg.seed,
         stage=0,
         warmup_updates=cfg.warmup_updates,
     )
     _fit(job, module, directory, "teacher", cfg.batch_size, cfg.updates, job.cfg.steps.plan[0])
+
+
+def _optimization(cfg: DictConfig) -> dict:
+    """What `training` and `distillation` configure alike."""
+    return {k: cfg[k] for k in ("learning_rate", "weight_decay", "gradient_clip", "ema_decay")}
 
 
 def _distill_stage(job: Job, stage, parent: Path) -> None:
@@ -163,10 +165,7 @@ def _distill_stage(job: Job, stage, parent: Path) -> None:
         Denoiser.load(parent / "denoiser"),
         stage.num_steps,
         instantiate(job.cfg.weighting),
-        learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
-        gradient_clip=cfg.gradient_clip,
-        ema_decay=cfg.ema_decay,
+        **_optimization(cfg),
         seed=job.cfg.seed,
         stage=stage.index,
         updates=stage.updates,
