@@ -176,7 +176,7 @@ class FID(PerUpdate):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
-        metric = fid_metric(self.extractor, self.data, rank).to(device)
+        metric = fid_metric(self.extractor, self.data, rank, device)
         batches = generate(
             denoiser, range(rank, self.num_samples, world), num_steps, self.seed, self.batch_size, device
         )

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def run(job: Callable[[DictConfig], object], config_name: str) -> None:
             raise failure[0]
         if results and results[0].name:
             sweep.finish(results)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, Interrupted) as error:
         sys.exit(_tell(error))
 
 
@@ -71,16 +72,17 @@ def _run_sweep_job(job: Callable[[DictConfig], object], cfg: DictConfig, overrid
         return None if status == 0 else f"exit status {status}"
     try:
         job(cfg)
-    except Interrupted:
-        raise
     except USER_ERRORS as error:
         _tell(error)
+        return one_line(error)
+    except Exception as error:  # a bug of ours or a machine's limit: the other jobs are worth finishing
+        traceback.print_exc()
         return one_line(error)
     return None
 
 
-def _tell(error: Exception) -> int:
-    """Prints the error's line and gives its exit status; unexpected errors inside `instantiate` are raised."""
+def _tell(error: BaseException) -> int:
+    """Prints the error's line and gives its exit status; of an error inside `instantiate`, its cause."""
     cause = error
     while cause.__cause__ is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
@@ -89,7 +91,7 @@ def _tell(error: Exception) -> int:
     return getattr(cause, "exit_code", 2)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split("Config search path")[0].split())
 
 

@@ -7,7 +7,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-class Interrupted(UserError):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has kept what it had."""
+class Interrupted(BaseException):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has kept what it had. No `except Exception` is to eat it."""
 
     exit_code = 130

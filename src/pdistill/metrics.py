@@ -150,24 +150,27 @@ def fid_name(extractor: nn.Module) -> str:
     return "fid" if extractor.name == "inception" else f"fid_{extractor.name}"
 
 
-def fid_metric(extractor: nn.Module, data: ImageSet, rank: int = 0) -> FrechetInceptionDistance:
+def fid_metric(
+    extractor: nn.Module, data: ImageSet, rank: int = 0, device: torch.device | str = "cpu"
+) -> FrechetInceptionDistance:
     """torchmetrics' FID against all of `data`, from cached statistics where there are any.
 
     The reference is set on rank 0 alone: torchmetrics adds the ranks' statistics up.
     """
-    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False)
+    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
     states = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
     def measure() -> dict[str, Tensor]:
         with torch.inference_mode():
             for images in data.images.split(256):
-                metric.update(images, real=True)
-        return {state: getattr(metric, state).clone() for state in states}
+                metric.update(images.to(device), real=True)
+        return {state: getattr(metric, state).cpu().clone() for state in states}
 
     path = cache_directory() / f"reference-{data.fingerprint}-{extractor.name}-{extractor.fingerprint}.safetensors"
     reference = _cached(path, measure)
     for state in states:
-        setattr(metric, state, reference[state] if rank == 0 else torch.zeros_like(reference[state]))
+        value = reference[state] if rank == 0 else torch.zeros_like(reference[state])
+        setattr(metric, state, value.to(device))
     return metric
 
 
