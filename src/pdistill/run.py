@@ -37,7 +37,8 @@ def run_name() -> str:
         for k, v in sorted(typed.items())
         if k.split(".")[0] not in silent or ("." in k and k.split(".")[0] in NAMED_GROUPS)
     ]
-    return re.sub(r"[^\w.,=+-]+", "_", "-".join(parts)).strip("_")[:200]
+    name = re.sub(r"[\[\]'\"]", "", "-".join(parts))
+    return re.sub(r"[^\w.,=+-]+", "_", name).strip("_")[:200]
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdistill.errors import UserError
+from pdistill.run import UNCOMPARED
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _row(job: Job) -> dict[str, object]:
     """parameterization, weighting, what else was swept, the FID of the teacher and of each student."""
     directory = Path("outputs") / job.name
     row: dict[str, object] = {k: job.choices.get(k, "") for k in ("parameterization", "weighting")}
-    row |= {k: v for k, v in job.choices.items() if k not in ("name", "experiment", "overwrite")}
+    row |= {k: v for k, v in job.choices.items() if k.split(".")[0] not in (*UNCOMPARED, "experiment")}
     for metrics in sorted(directory.glob("*/metrics.json"), reverse=True):
         stage = json.loads(metrics.read_text())
         column = "teacher" if stage["stage"] == "teacher" else str(stage["num_steps"])
