@@ -74,8 +74,8 @@ def check_teacher(cfg: DictConfig, template: Denoiser, teacher: Denoiser) -> Non
     wrong += [f"network.{k} {theirs['network'].get(k)}, configured {ours['network'][k]}" for k in sorted(network)]
     if wrong:
         raise UserError(
-            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set the groups "
-            f"parameterization, schedule, network and dataset to what the teacher was trained with"
+            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set conditional "
+            f"and the groups parameterization, schedule, network and dataset to what the teacher was trained with"
         )
     if teacher.num_steps is not None and teacher.num_steps != cfg.steps.plan[0]:
         raise UserError(

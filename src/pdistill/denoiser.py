@@ -80,7 +80,8 @@ class Denoiser(nn.Module):
         """Writes the directory whole or not at all, replacing one that stands there.
 
         `grid` is the step count of the diffusers pipeline; by default `num_steps`, or 1024 for a teacher. An
-        x_eps denoiser gets no `model_index.json`: diffusers' schedulers do not know its output.
+        x_eps or class-conditional denoiser gets no `model_index.json`: no diffusers pipeline of images alone
+        knows that output, or passes labels.
         """
         directory = Path(directory)
         grid = grid or self.num_steps or DEFAULT_GRID
@@ -98,7 +99,7 @@ class Denoiser(nn.Module):
             "num_train_timesteps": grid,
         }
         write_json(temporary / "unet" / "config.json", unet_config)
-        if self.parameterization.name in PREDICTION_TYPES:
+        if self.parameterization.name in PREDICTION_TYPES and self.num_classes is None:
             self._scheduler(grid).save_pretrained(temporary / "scheduler")
             index = {
                 "_class_name": "DDPMPipeline",

@@ -6,7 +6,7 @@ under which its figures are reported, and a `fingerprint` of its weights.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -181,18 +181,21 @@ def generate(
     seed: int,
     batch_size: int = 250,
     device: torch.device | str = "cpu",
+    labels: Sequence[int] | None = None,
     **options,
 ) -> Iterator[Tensor]:
     """Batches of samples (B, C, H, W) in [-1, 1], image i from noise that depends on (seed, i) alone.
 
-    A class-conditional denoiser gets label i modulo its number of classes, so that classes are balanced.
-    `options` go to `sample`.
+    A class-conditional denoiser draws image i of class `labels[i % len(labels)]`, by default of all its classes in
+    turn, so that they are balanced. `options` go to `sample`.
     """
-    shape, classes = denoiser.image_shape, denoiser.num_classes
+    shape = denoiser.image_shape
+    if labels is None and denoiser.num_classes is not None:
+        labels = range(denoiser.num_classes)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
         noise = sample_noise(seed, batch, shape).to(device)
-        label = None if classes is None else torch.tensor([i % classes for i in batch], device=device)
+        label = None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)
 
         def step_noise(i: int, batch: range = batch) -> Tensor:
             return sample_noise(seed, batch, shape, draw=i).to(device)

@@ -33,12 +33,13 @@ def draw(cfg: DictConfig) -> Path:
     for key, value in {"num_steps": num_steps, "num_images": cfg.num_images, "batch_size": cfg.batch_size}.items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{key}={value} must be a whole number, at least 1")
+    labels = _labels(cfg, denoiser.num_classes)
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         denoiser.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device} is not to be had here ({str(error).splitlines()[0]})") from error
-    options = {"sampler": cfg.sampler, "variance": cfg.variance, "clip": cfg.clip}
+    options = {"labels": labels, "sampler": cfg.sampler, "variance": cfg.variance, "clip": cfg.clip}
     batches = generate(denoiser, range(cfg.num_images), num_steps, cfg.seed, cfg.batch_size, device, **options)
     try:
         total = -(-cfg.num_images // cfg.batch_size)
@@ -54,6 +55,19 @@ def draw(cfg: DictConfig) -> Path:
         for i, image in enumerate(images):
             save_image(image, folder / f"{i:05d}.png", normalize=True, value_range=(-1, 1))
     return grid
+
+
+def _labels(cfg: DictConfig, num_classes: int | None) -> list[int] | None:
+    if cfg.label is None:
+        return None
+    labels = [cfg.label] if isinstance(cfg.label, int) else list(cfg.label)
+    if num_classes is None:
+        raise UserError(
+            f"label={cfg.label} is given, and denoiser={cfg.denoiser} is not class-conditional: leave it out"
+        )
+    if not labels or not all(isinstance(k, int) and 0 <= k < num_classes for k in labels):
+        raise UserError(f"label={cfg.label} must be of the classes 0 to {num_classes - 1}")
+    return labels
 
 
 def _default_output(denoiser: Path, num_steps: int, seed: int) -> Path:

@@ -112,9 +112,14 @@ def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
     """An untrained denoiser of the configured kind that fits the data; its weights depend on the seed alone."""
     parameterization, schedule = instantiate(cfg.parameterization), instantiate(cfg.schedule)
     channels, height, _ = data.image_shape
+    if cfg.conditional and data.labels is None:
+        raise UserError(f"conditional=true needs labels, and {data.name} has none: one sub-folder for each class")
     torch.manual_seed(seed_of(cfg.seed))
     network = instantiate(cfg.network)(
-        image_size=height, image_channels=channels, out_channels=parameterization.channels(channels)
+        image_size=height,
+        image_channels=channels,
+        out_channels=parameterization.channels(channels),
+        num_classes=data.num_classes if cfg.conditional else None,
     )
     return Denoiser(network, parameterization, schedule)
 

@@ -1,0 +1,53 @@
+"""Class-conditional training and sampling."""
+
+import json
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pdistill.distillation import DistillationModule
+from pdistill.weighting import snr_plus_one
+
+
+def test_classes_from_training_to_pictures(run, workplace):
+    command = ("distill.py", "experiment=smoke", "conditional=true", "steps.plan=[4,2]", "name=classes")
+    status, _, err = run(*command)
+    assert status == 0, err
+    stages = [workplace / "outputs" / "classes" / s / "denoiser" for s in ("teacher", "steps-0002")]
+    embeddings = []
+    for stage in stages:
+        assert json.loads((stage / "unet" / "config.json").read_text())["num_class_embeds"] == 10
+        weights = load_file(stage / "unet" / "diffusion_pytorch_model.safetensors")
+        embeddings.append(weights["class_embedding.weight"])
+    assert not torch.equal(*embeddings)
+
+    def pictures(label: str) -> list[bytes]:
+        output = workplace / f"label-{len(label)}.png"
+        options = (f"label={label}", "num_images=4", "individual=true", f"output={output}")
+        status, _, err = run("sample.py", f"denoiser={stages[1]}", *options)
+        assert status == 0, err
+        return [Image.open(p).tobytes() for p in sorted(output.with_suffix("").iterdir())]
+
+    three, both = pictures("3"), pictures("[3,8]")
+    assert [a == b for a, b in zip(three, both, strict=True)] == [True, False, True, False]
+    status, _, err = run("sample.py", f"denoiser={stages[1]}", "label=10")
+    assert status == 2 and "classes 0 to 9" in err and err.count("\n") == 1
+    status, _, err = run("distill.py", f"teacher={stages[0]}")
+    assert status == 2 and "num_class_embeds 10, configured None" in err
+
+
+def test_labels_for_an_unconditional_denoiser_are_refused(smoke, run):
+    status, _, err = run("sample.py", f"denoiser={smoke / 'steps-0001' / 'denoiser'}", "label=3")
+    assert status == 2 and "is not class-conditional" in err
+
+
+def test_the_teacher_stays_frozen_and_out_of_the_checkpoint(tiny):
+    module = DistillationModule(tiny(), 4, snr_plus_one, updates=2, learning_rate=1e-3, dropout=0.1).train()
+    assert module.student.training and not module.teacher.training
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"] and all(k.startswith("denoiser.") for k in checkpoint["state_dict"])
+    assert {m.p for m in module.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
+    assert {m.p for m in module.teacher.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
