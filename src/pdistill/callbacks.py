@@ -2,6 +2,7 @@
 
 import signal
 import time
+from abc import abstractmethod
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ class PerUpdate(Callback):
             self.last_update = trainer.global_step
             self.on_update(trainer, module, trainer.global_step)
 
-    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None: ...
 
 
 class TrainingLog(PerUpdate):

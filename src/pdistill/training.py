@@ -1,6 +1,7 @@
 """What teacher training and distillation share: one LightningModule, one loss, one optimizer."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -50,11 +51,11 @@ class DenoisingModule(LightningModule):
             self.ema = copy.deepcopy(denoiser).requires_grad_(False)
             self.average = get_ema_multi_avg_fn(ema_decay)
 
-    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]: ...
 
-    def lr_factor(self, update: int) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def lr_factor(self, update: int) -> float: ...
 
     @property
     def result(self) -> Denoiser:
