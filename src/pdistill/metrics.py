@@ -16,16 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
-from pdistill.dataset import ImageSet, to_uint8
+from pdistill.batches import to_uint8
+from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
+from pdistill.image_cache import cache_directory
 from pdistill.randomness import generator, sample_noise
 from pdistill.sampling import sample
-
-
-def cache_directory() -> Path:
-    """Where extractors and reference statistics are kept: $PDISTILL_CACHE, or ~/.cache/pdistill."""
-    return Path(os.environ.get("PDISTILL_CACHE", Path.home() / ".cache" / "pdistill"))
 
 
 def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from pdistill import run
 from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
 from pdistill.checks import check_settings, check_stable, check_teacher
-from pdistill.dataset import ImageDataModule, ImageSet
+from pdistill.batches import ImageDataModule
+from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser, write_json
 from pdistill.distillation import DistillationModule
 from pdistill.errors import UserError
