@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pdistill.batches import ImageDataModule, to_float
 from pdistill.callbacks import ResumableCheckpoint, TrainingLog
-from pdistill.dataset import ImageDataModule, ImageSet, to_float
+from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.distillation import DistillationModule
 from pdistill.parameterization import X

@@ -1,50 +1,40 @@
-"""Batches as functions of their key, image folders, and the Frechet distance."""
+"""Batches as functions of their key, and the Frechet distance."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from PIL import Image
 
-from pdistill.dataset import Batches, digits, image_folder, to_float, to_uint8
-from pdistill.errors import UserError
+from pdistill.batches import to_float, to_uint8
+from pdistill.dataset import ImageSet, digits
 from pdistill.metrics import fid_metric, measure_fid, train_classifier
 
 
 def test_a_stream_resumed_at_a_step_is_the_stream():
     data = digits()
-    stream, resumed = iter(Batches(data, 4, 0, 1, 0, start=0)), iter(Batches(data, 4, 0, 1, 0, start=3))
+    stream, resumed = iter(data.batches(4, 0, 1)), iter(data.batches(4, 0, 1, start=3))
     first = [next(stream) for _ in range(5)]
     for expected in first[3:]:
         batch = next(resumed)
         assert batch["step"] == expected["step"]
         assert torch.equal(batch["image"], expected["image"]) and torch.equal(batch["label"], expected["label"])
-    other_rank = next(iter(Batches(data, 4, 0, 1, 1, start=0)))
-    assert not torch.equal(first[0]["image"], other_rank["image"])
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 6), (2, 3), (3, 2)])
+def test_ranks_share_every_epoch_without_overlap_or_loss(world, batch_size):
+    """And a step's images are the same for any number of ranks."""
+    data = ImageSet("numbers", torch.arange(20, dtype=torch.uint8).reshape(20, 1, 1, 1))
+    ranks = [data.batches(batch_size, 0, 1, rank, world) for rank in range(world)]
+    seen = [i for step in range(10) for r in ranks for i in r.batch(step)["image"].flatten().tolist()]
+    assert all(sorted(seen[k : k + 20]) == list(range(20)) for k in (0, 20, 40))
+    assert seen[:20] != seen[20:40]
+    assert seen == [i for step in range(10) for i in data.batches(6, 0, 1).batch(step)["image"].flatten().tolist()]
 
 
 def test_uint8_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(levels)), levels)
     assert to_float(levels).aminmax() == (-1, 1)
-
-
-def test_image_folder(tmp_path):
-    """Other sizes, modes and formats; the class is the folder; the crop is central."""
-    for name, mode, size in (("a/1.png", "RGB", (40, 30)), ("a/2.jpg", "RGB", (16, 16)), ("b/3.png", "L", (8, 20))):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new(mode, size, 200 if mode == "L" else (200, 100, 0)).save(tmp_path / name)
-    edge = Image.new("RGB", (40, 20), (0, 0, 255))
-    edge.paste((255, 0, 0), (10, 0, 30, 20))  # the central square is red
-    edge.save(tmp_path / "b" / "4.png")
-    data = image_folder(str(tmp_path), 8)
-    assert data.images.shape == (4, 3, 8, 8) and data.labels.tolist() == [0, 0, 1, 1]
-    assert data.images[0, :, 4, 4].tolist() == [200, 100, 0]
-    assert data.images[3, :, 4, 0].tolist() == [255, 0, 0]
-    assert image_folder(str(tmp_path / "a"), 8, 1).labels is None
-    (tmp_path / "a" / "5.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"5\.png cannot be read"):
-        image_folder(str(tmp_path), 8)
 
 
 def test_classifier_fid_against_scipy_and_its_cache(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import sys
 SCRIPT = """
 import hashlib, sys, torch
 from lightning import Trainer
-from pdistill.dataset import ImageDataModule, digits
+from pdistill.batches import ImageDataModule
+from pdistill.dataset import digits
 from pdistill.denoiser import Denoiser
 from pdistill.distillation import DistillationModule
 from pdistill.network import unet

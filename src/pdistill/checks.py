@@ -16,6 +16,7 @@ COUNTS = (
     "steps.updates",
     "steps.updates_last_two",
     "checkpoint_every_n_updates",
+    "max_batch_per_device",
     "trainer.accumulate_grad_batches",
     "trainer.log_every_n_steps",
 )
@@ -27,6 +28,8 @@ def check_settings(cfg: DictConfig) -> None:
     at_least |= {"metrics.num_samples": 2} if cfg.metrics.extractor is not None else {}
     for key, least in at_least.items():
         value = OmegaConf.select(cfg, key, default=least)
+        if value is None and key == "max_batch_per_device":
+            continue
         if not isinstance(value, int) or value < least:
             raise UserError(f"{key}={value} must be a whole number, at least {least}")
     for section in (k for k in ("training", "distillation") if k in cfg):
@@ -36,19 +39,31 @@ def check_settings(cfg: DictConfig) -> None:
             if not ((value is None and allowed_null) or (isinstance(value, int | float) and 0 <= value < limit)):
                 null = " or null" if allowed_null else ""
                 raise UserError(f"{section}.{key}={value} must be a number in [0, {limit}){null}")
-        _check_batch_size(f"{section}.batch_size", cfg[section].batch_size, cfg.trainer)
+        accumulated_batches(cfg, cfg[section].batch_size, f"{section}.batch_size")
+    if not (isinstance(cfg.label_dropout, int | float) and 0 <= cfg.label_dropout < 1):
+        raise UserError(f"label_dropout={cfg.label_dropout} must be a number in [0, 1)")
+    if cfg.label_dropout and not cfg.conditional:
+        raise UserError(f"label_dropout={cfg.label_dropout} hides labels that nobody looks at: add conditional=true")
     instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
 
 
-def _check_batch_size(key: str, batch_size: int, trainer: DictConfig) -> None:
-    many = isinstance(trainer.devices, int) and trainer.devices > 0
-    devices = trainer.devices if many else max(1, torch.cuda.device_count())
-    parts = devices * trainer.get("num_nodes", 1) * trainer.accumulate_grad_batches
-    if batch_size % parts:
+def accumulated_batches(cfg: DictConfig, batch_size: int, key: str = "batch_size") -> int:
+    """How many batches' gradients each device adds up, so that all of them make one global batch of `batch_size`.
+
+    The fewest, but not below trainer.accumulate_grad_batches, that give equal parts of at most
+    cfg.max_batch_per_device images. Raises UserError where the batch cannot be divided so.
+    """
+    many = isinstance(cfg.trainer.devices, int) and cfg.trainer.devices > 0
+    devices = (cfg.trainer.devices if many else max(1, torch.cuda.device_count())) * cfg.trainer.get("num_nodes", 1)
+    least = cfg.trainer.accumulate_grad_batches
+    per_device, rest = divmod(batch_size, devices * least)
+    if rest:
         raise UserError(
-            f"{key}={batch_size} cannot be divided into {parts} equal parts (devices times accumulated batches): "
-            f"use a multiple of {parts}"
+            f"{key}={batch_size} cannot be divided into {devices * least} equal parts (devices times accumulated "
+            f"batches): use a multiple of {devices * least}"
         )
+    most = cfg.max_batch_per_device or per_device
+    return least * next(k for k in range(1, per_device + 1) if per_device % k == 0 and per_device // k <= most)
 
 
 def check_stable(cfg: DictConfig, denoiser: Denoiser) -> None:
@@ -68,14 +83,17 @@ def check_teacher(cfg: DictConfig, template: Denoiser, teacher: Denoiser) -> Non
     """A given teacher that is what the configuration says."""
     ours, theirs = template.architecture, teacher.architecture
     wrong = [
-        f"{k} {theirs[k]!r}, configured {ours[k]!r}" for k in ("parameterization", "schedule") if ours[k] != theirs[k]
+        f"{k} {theirs[k]!r}, configured {ours[k]!r}"
+        for k in ("parameterization", "schedule", "null_label")
+        if ours[k] != theirs[k]
     ]
     network = {k for k in ours["network"] if ours["network"][k] != theirs["network"].get(k)}
     wrong += [f"network.{k} {theirs['network'].get(k)}, configured {ours['network'][k]}" for k in sorted(network)]
     if wrong:
         raise UserError(
-            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set conditional "
-            f"and the groups parameterization, schedule, network and dataset to what the teacher was trained with"
+            f"teacher={cfg.teacher} differs from the configuration: it has {'; '.join(wrong)}. Set conditional, "
+            f"label_dropout and the groups parameterization, schedule, network and dataset to what the teacher was "
+            f"trained with"
         )
     if teacher.num_steps is not None and teacher.num_steps != cfg.steps.plan[0]:
         raise UserError(

@@ -34,7 +34,8 @@ class Denoiser(nn.Module):
     """`denoiser(z, t, label=None) -> x_hat`: images (B, C, H, W) at times t (B,) to denoised images.
 
     `num_steps` is the step count it was distilled for (None for a teacher); `lineage` lists the step counts
-    of its ancestors, e.g. ["teacher", 16, 8].
+    of its ancestors, e.g. ["teacher", 16, 8]. `null_label` is the label that stands for none, where the network
+    was trained with label dropout: its last.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Denoiser(nn.Module):
         schedule: CosineSchedule,
         num_steps: int | None = None,
         lineage: list[str | int] | None = None,
+        null_label: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -51,8 +53,11 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.num_steps = num_steps
         self.lineage = lineage or ["teacher"]
+        self.null_label = null_label
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        if label is None and self.num_classes is not None:
+            raise ValueError(f"this denoiser is class-conditional: give it labels (B,) of 0 to {self.num_classes - 1}")
         logsnr = self.schedule(t)
         output = self.network(z, timestep_of(logsnr), class_labels=label).sample.to(z.dtype)
         alpha, sigma = alpha_sigma(logsnr)
@@ -66,15 +71,20 @@ class Denoiser(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """How many labels it takes; None if it is unconditional."""
-        return self.network.config.num_class_embeds
+        """How many classes it knows; None if it is unconditional."""
+        return self.network.config.num_class_embeds if self.null_label is None else self.null_label
 
     @property
     def architecture(self) -> dict:
         """What must be equal for two denoisers' weights and outputs to mean the same."""
         network = {k: v for k, v in self.network.config.items() if not k.startswith("_") and k != "dropout"}
         network = {k: list(v) if isinstance(v, tuple) else v for k, v in network.items()}
-        return {"parameterization": self.parameterization.name, "schedule": vars(self.schedule), "network": network}
+        return {
+            "parameterization": self.parameterization.name,
+            "schedule": vars(self.schedule),
+            "null_label": self.null_label,
+            "network": network,
+        }
 
     def save(self, directory: str | Path, grid: int | None = None) -> None:
         """Writes the directory whole or not at all, replacing one that stands there.
@@ -113,6 +123,7 @@ class Denoiser(nn.Module):
             "schedule": {"name": "cosine"} | {k: str(v) for k, v in vars(self.schedule).items()},
             "num_steps": self.num_steps,
             "lineage": self.lineage,
+            "null_label": self.null_label,
             "pipeline_steps": grid,
         }
         write_json(temporary / "denoiser.json", description)
@@ -166,6 +177,7 @@ class Denoiser(nn.Module):
                 CosineSchedule(**schedule),
                 description["num_steps"],
                 description["lineage"],
+                description.get("null_label"),
             )
         except FileNotFoundError as error:
             raise UserError(

@@ -171,7 +171,9 @@ def _open(path: str | None, subset: str | None, split: str, streaming: bool, ima
     try:
         import datasets
     except ImportError as error:
-        raise UserError("dataset=huggingface needs the datasets library: pip install 'pdistill[huggingface]'") from error
+        raise UserError(
+            "dataset=huggingface needs the datasets library: pip install 'pdistill[huggingface]'"
+        ) from error
     if path is None:
         raise UserError("dataset.path is missing: a name on the hub, or a folder, dataset.path=<name>")
     try:
@@ -191,7 +193,9 @@ def _open(path: str | None, subset: str | None, split: str, streaming: bool, ima
         if column and column not in columns:
             raise UserError(f"dataset.{key}={column} is not a column of {path}: choose among {', '.join(columns)}")
     if not isinstance(dataset.features[image_column], datasets.Image):
-        raise UserError(f"dataset.image_column={image_column} of {path} holds no images: {dataset.features[image_column]}")
+        raise UserError(
+            f"dataset.image_column={image_column} of {path} holds no images: {dataset.features[image_column]}"
+        )
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 

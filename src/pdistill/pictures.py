@@ -39,7 +39,15 @@ def draw(cfg: DictConfig) -> Path:
         denoiser.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device} is not to be had here ({str(error).splitlines()[0]})") from error
-    options = {"labels": labels, "sampler": cfg.sampler, "variance": cfg.variance, "clip": cfg.clip}
+    if not isinstance(cfg.guidance, int | float):
+        raise UserError(f"guidance={cfg.guidance} must be a number")
+    options = {
+        "labels": labels,
+        "guidance": cfg.guidance,
+        "sampler": cfg.sampler,
+        "variance": cfg.variance,
+        "clip": cfg.clip,
+    }
     batches = generate(denoiser, range(cfg.num_images), num_steps, cfg.seed, cfg.batch_size, device, **options)
     try:
         total = -(-cfg.num_images // cfg.batch_size)

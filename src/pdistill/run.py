@@ -14,7 +14,15 @@ from pdistill.errors import UserError
 # Groups that say what is computed; the others say where, or who watches.
 NAMED_GROUPS = ("dataset", "network", "schedule", "parameterization", "weighting", "steps", "metrics")
 # Keys that change nothing in the result, and so may differ when a run is resumed.
-UNCOMPARED = ("name", "overwrite", "trainer", "logger", "num_workers", "checkpoint_every_n_updates")
+UNCOMPARED = (
+    "name",
+    "overwrite",
+    "trainer",
+    "logger",
+    "num_workers",
+    "checkpoint_every_n_updates",
+    "max_batch_per_device",
+)
 
 
 def run_name() -> str:

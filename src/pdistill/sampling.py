@@ -51,6 +51,7 @@ def sample(
     label: Tensor | None = None,
     sampler: Literal["ddim", "ancestral"] = "ddim",
     clip: bool = True,
+    guidance: float = 1.0,
     variance: Variance = "large",
     step_noise: Sequence[Tensor] | Callable[[int], Tensor] | None = None,
 ) -> Tensor:
@@ -60,7 +61,11 @@ def sample(
     sampler takes its noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]`
     or `step_noise(i)`; by default it is drawn from torch's global generator.
 
-    Raises ValueError for a step count below 1, an unknown sampler or a variance out of range.
+    `guidance` other than 1 takes x = x_none + guidance (x_label - x_none), x_none being the prediction without a
+    label, at two evaluations a step (classifier-free guidance, Ho & Salimans, 2022; the same in x as in eps).
+
+    Raises ValueError for a step count below 1, an unknown sampler, a variance out of range, or guidance of a
+    denoiser that has no null label.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
@@ -68,6 +73,11 @@ def sample(
         raise ValueError(f"sampler must be 'ddim' or 'ancestral', not {sampler!r}")
     if variance not in ("large", "small") and not (isinstance(variance, int | float) and 0 <= variance <= 1):
         raise ValueError(f"variance must be 'large', 'small' or a fraction in [0, 1], not {variance!r}")
+    null = None
+    if guidance != 1:
+        if getattr(denoiser, "null_label", None) is None:
+            raise ValueError(f"guidance={guidance} needs a class-conditional denoiser trained with label_dropout")
+        null = torch.full((len(noise),), denoiser.null_label, device=noise.device)
     if step_noise is None:
         step_noise = lambda i: torch.randn_like(noise)  # noqa: E731
     elif not callable(step_noise):
@@ -78,7 +88,10 @@ def sample(
         logsnr = logsnr_on_grid(denoiser.schedule, grid, num_steps)[:, None]
         z = noise
         for i in range(num_steps, 0, -1):
-            x_hat = denoiser(z, (grid[i] / num_steps).expand(len(z)), label)
+            t = (grid[i] / num_steps).expand(len(z))
+            x_hat = denoiser(z, t, label)
+            if null is not None:
+                x_hat = torch.lerp(denoiser(z, t, null), x_hat, guidance)
             if clip:
                 x_hat = x_hat.clamp(-1, 1)
             if i == 1:

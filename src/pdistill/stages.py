@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from pdistill import run
-from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
-from pdistill.checks import check_settings, check_stable, check_teacher
 from pdistill.batches import ImageDataModule
+from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
+from pdistill.checks import accumulated_batches, check_settings, check_stable, check_teacher
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser, write_json
 from pdistill.distillation import DistillationModule
@@ -116,13 +116,14 @@ def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
     if cfg.conditional and data.labels is None:
         raise UserError(f"conditional=true needs labels, and {data.name} has none: one sub-folder for each class")
     torch.manual_seed(seed_of(cfg.seed))
+    num_classes = data.num_classes if cfg.conditional else None
     network = instantiate(cfg.network)(
         image_size=height,
         image_channels=channels,
         out_channels=parameterization.channels(channels),
-        num_classes=data.num_classes if cfg.conditional else None,
+        num_classes=num_classes + 1 if cfg.label_dropout else num_classes,
     )
-    return Denoiser(network, parameterization, schedule)
+    return Denoiser(network, parameterization, schedule, null_label=num_classes if cfg.label_dropout else None)
 
 
 @contextmanager
@@ -150,17 +151,17 @@ def _train_teacher(job: Job, teacher: Denoiser) -> None:
     module = TeacherModule(
         teacher.train(),
         instantiate(job.cfg.weighting),
-        **_optimization(cfg),
-        seed=job.cfg.seed,
+        **_optimization(job.cfg, cfg),
         stage=0,
         warmup_updates=cfg.warmup_updates,
     )
     _fit(job, module, directory, "teacher", cfg.batch_size, cfg.updates, job.cfg.steps.plan[0])
 
 
-def _optimization(cfg: DictConfig) -> dict:
-    """What `training` and `distillation` configure alike."""
-    return {k: cfg[k] for k in ("learning_rate", "weight_decay", "gradient_clip", "ema_decay")}
+def _optimization(cfg: DictConfig, section: DictConfig) -> dict:
+    """What `training` and `distillation` configure alike, and what they share."""
+    alike = {k: section[k] for k in ("learning_rate", "weight_decay", "gradient_clip", "ema_decay")}
+    return alike | {"seed": cfg.seed, "label_dropout": cfg.label_dropout}
 
 
 def _distill_stage(job: Job, stage, parent: Path) -> None:
@@ -171,8 +172,7 @@ def _distill_stage(job: Job, stage, parent: Path) -> None:
         Denoiser.load(parent / "denoiser"),
         stage.num_steps,
         instantiate(job.cfg.weighting),
-        **_optimization(cfg),
-        seed=job.cfg.seed,
+        **_optimization(job.cfg, cfg),
         stage=stage.index,
         updates=stage.updates,
         teacher_steps=stage.teacher_steps,
@@ -200,6 +200,7 @@ def _fit(
     if job.cfg.trainer.enable_progress_bar:
         callbacks.append(ProgressBar(prefix))
     trainer = job.trainer(max_steps=updates, callbacks=callbacks)
+    trainer.accumulate_grad_batches = accumulated_batches(job.cfg, batch_size)
     data = ImageDataModule(job.data, batch_size, job.cfg.seed, module.stage, job.cfg.num_workers)
     if checkpoint.exists():
         _check_readable(checkpoint)

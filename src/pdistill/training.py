@@ -36,6 +36,7 @@ class DenoisingModule(LightningModule):
         ema_decay: float | None = None,
         seed: int = 0,
         stage: int = 0,
+        label_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -45,6 +46,7 @@ class DenoisingModule(LightningModule):
         self.gradient_clip = gradient_clip
         self.seed = seed
         self.stage = stage
+        self.label_dropout = label_dropout
         self.gradient_norm: Tensor | None = None
         self.ema = None
         if ema_decay is not None:
@@ -63,7 +65,15 @@ class DenoisingModule(LightningModule):
         return self.denoiser if self.ema is None else self.ema
 
     def label_of(self, batch: dict) -> Tensor | None:
-        return None if self.denoiser.num_classes is None else batch["label"]
+        """(B,), some of them replaced by the null label: classifier-free guidance (Ho & Salimans, 2022)."""
+        if self.denoiser.num_classes is None:
+            return None
+        label = batch["label"]
+        if not self.label_dropout:
+            return label
+        return torch.where(
+            torch.rand(label.shape, device=label.device) < self.label_dropout, self.denoiser.null_label, label
+        )
 
     def training_step(self, batch: dict, batch_idx: int) -> dict:
         seed_global_generator(self.device, self.seed, self.stage, int(batch["step"]), self.global_rank)
