@@ -2,11 +2,15 @@
 
 import json
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from pdistill.denoiser import Denoiser
 from pdistill.distillation import DistillationModule
+from pdistill.sampling import sample
+from pdistill.teacher import TeacherModule
 from pdistill.weighting import snr_plus_one
 
 
@@ -40,6 +44,51 @@ def test_classes_from_training_to_pictures(run, workplace):
 def test_labels_for_an_unconditional_denoiser_are_refused(smoke, run):
     status, _, err = run("sample.py", f"denoiser={smoke / 'steps-0001' / 'denoiser'}", "label=3")
     assert status == 2 and "is not class-conditional" in err
+
+
+def test_hidden_labels_and_guidance(run, workplace):
+    """From training with label dropout to a guided grid, and what guidance is refused for."""
+    options = ("conditional=true", "label_dropout=0.2", "steps.plan=[4,2]", "metrics=none", "name=guided")
+    status, _, err = run("distill.py", "experiment=smoke", *options)
+    assert status == 0, err
+    teacher = workplace / "outputs" / "guided" / "teacher" / "denoiser"
+    student = Denoiser.load(workplace / "outputs" / "guided" / "steps-0002" / "denoiser")
+    assert student.null_label == student.num_classes == 10
+    grid = workplace / "guided.png"
+    command = ("sample.py", f"denoiser={teacher}", "num_steps=4", "num_images=4", f"output={grid}")
+    status, _, err = run(*command, "guidance=3", "label=3")
+    assert status == 0 and grid.exists(), err
+    status, _, err = run(*command, "label=10")
+    assert status == 2 and "classes 0 to 9" in err
+    status, _, err = run("distill.py", f"teacher={teacher}", "conditional=true")
+    assert status == 2 and "null_label 10, configured None" in err
+    status, _, err = run("train.py", "label_dropout=0.1")
+    assert status == 2 and "add conditional=true" in err and err.count("\n") == 1
+
+
+def test_guidance_extrapolates_from_the_unlabelled_prediction(tiny):
+    denoiser = tiny("v", num_classes=4)
+    denoiser.null_label = 3
+    noise, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
+
+    def x(guidance: float, label: torch.Tensor = label) -> torch.Tensor:
+        return sample(denoiser, noise, 1, label, guidance=guidance, clip=False)
+
+    none = x(1.0, torch.full((2,), 3))
+    assert torch.allclose(x(0.0), none) and not torch.allclose(x(1.0), none)
+    assert torch.allclose(x(2.5), none + 2.5 * (x(1.0) - none), atol=1e-5)
+    with pytest.raises(ValueError, match="trained with label_dropout"):
+        sample(tiny("v", num_classes=3), noise, 1, label, guidance=2.0)
+    with pytest.raises(ValueError, match="is class-conditional: give it labels"):
+        sample(denoiser, noise, 1)
+
+
+def test_the_share_of_hidden_labels(tiny):
+    denoiser = tiny("v", num_classes=4)
+    denoiser.null_label = 3
+    module = TeacherModule(denoiser, snr_plus_one, learning_rate=1e-3, label_dropout=0.25)
+    label = module.label_of({"label": torch.zeros(4000, dtype=torch.long)})
+    assert set(label.tolist()) == {0, 3} and 0.22 < (label == 3).float().mean() < 0.28
 
 
 def test_the_teacher_stays_frozen_and_out_of_the_checkpoint(tiny):

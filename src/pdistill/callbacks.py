@@ -172,14 +172,22 @@ class FID(PerUpdate):
         self.every_n_updates = every_n_updates
         self.prefix, self.num_steps = "", 1  # of the stage at hand
 
-    def measure(self, denoiser: Denoiser, num_steps: int, device: torch.device | str = "cpu") -> float:
+    def measure(
+        self, denoiser: Denoiser, num_steps: int, device: torch.device | str = "cpu", sampler: str = "ddim"
+    ) -> float:
         """The figure over all ranks; sample i is made from (seed, i) by rank i modulo the number of ranks."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
         metric = fid_metric(self.extractor, self.data, rank, device)
         batches = generate(
-            denoiser, range(rank, self.num_samples, world), num_steps, self.seed, self.batch_size, device
+            denoiser,
+            range(rank, self.num_samples, world),
+            num_steps,
+            self.seed,
+            self.batch_size,
+            device,
+            sampler=sampler,
         )
         total = -(-self.num_samples // (world * self.batch_size))
         bar = tqdm(batches, f"{self.name} at {num_steps} steps", total, unit="batch", leave=False, disable=rank > 0)

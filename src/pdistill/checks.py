@@ -44,7 +44,20 @@ def check_settings(cfg: DictConfig) -> None:
         raise UserError(f"label_dropout={cfg.label_dropout} must be a number in [0, 1)")
     if cfg.label_dropout and not cfg.conditional:
         raise UserError(f"label_dropout={cfg.label_dropout} hides labels that nobody looks at: add conditional=true")
+    _check_teacher_curve(cfg.metrics.teacher_curve)
     instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+
+
+def _check_teacher_curve(settings: DictConfig | None) -> None:
+    if settings is None:
+        return
+    steps, samplers = settings.get("steps"), settings.get("samplers")
+    counts = steps and all(isinstance(n, int) and n > 0 for n in steps)
+    if not (counts and samplers and set(samplers) <= {"ddim", "ancestral"}):
+        raise UserError(
+            f"metrics.teacher_curve={settings} must be null or list step counts and samplers, e.g. "
+            f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}}"
+        )
 
 
 def accumulated_batches(cfg: DictConfig, batch_size: int, key: str = "batch_size") -> int:

@@ -47,7 +47,7 @@ def run(job: Callable[[DictConfig], object], config_name: str) -> None:
         overrides = list(hydra_cfg.overrides.task)
         print(f"\nsweep, job {hydra_cfg.job.num}: {' '.join(overrides)}")
         error = _run_sweep_job(job, cfg, overrides)
-        groups = {k: hydra_cfg.runtime.choices.get(k) for k in ("parameterization", "weighting")}
+        groups = {k: hydra_cfg.runtime.choices.get(k) for k in ("dataset", "parameterization", "weighting")}
         typed = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)
         results.append(sweep.Job(cfg.get("name"), groups | typed, error))
 
@@ -92,7 +92,10 @@ def _tell(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split("Config search path")[0].split())
+    text = str(error).split("Config search path")[0]
+    if "Original Traceback" in text:  # from a process that makes batches: its last line is the error itself
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -27,6 +27,7 @@ from pdistill.errors import UserError
 
 CHUNK = 1024  # images between two notes of progress
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "F"}
+LONG = 2000  # images, from which on a progress bar is worth having
 IN_MEMORY = 2 * 1024**3  # bytes; larger caches stay on disk
 
 
@@ -144,7 +145,13 @@ class _Maker:
         file = self.directory / "images.bin"
         with ThreadPoolExecutor(os.cpu_count()) as pool, file.open("ab") as out:
             out.truncate(len(progress["kept"]) * bytes_each)  # what a killed process wrote after its last note
-            bar = tqdm(total=total, initial=progress["done"], desc=f"caching {self.source.name}", unit="image")
+            bar = tqdm(
+                total=total,
+                initial=progress["done"],
+                desc=f"caching {self.source.name}",
+                unit="image",
+                disable=total < LONG,
+            )
             while progress["done"] < total:
                 chunk = range(progress["done"], min(total, progress["done"] + CHUNK))
                 for i, pixels, grey, problem in pool.map(self._read, chunk):

@@ -8,6 +8,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 from rich.table import Table
 
+from pdistill import curve
+
 COLUMNS = 12  # seeds on the comparison sheet
 
 
@@ -76,6 +78,9 @@ def comparison_sheet(directory: Path, rows: list[dict], columns: int = COLUMNS) 
 
 def write_report(directory: Path, rows: list[dict]) -> None:
     """report.html, which needs no other file and no network."""
+    picture = directory / "curve.png"
+    if (directory / "teacher" / "curve.json").exists():
+        curve.plot(curve.read(directory), metric_keys(rows)[0], picture)
     environment = Environment(loader=PackageLoader("pdistill", "."), autoescape=select_autoescape(default=True))
     page = environment.get_template("report.html.jinja").render(
         name=directory.name,
@@ -84,6 +89,7 @@ def write_report(directory: Path, rows: list[dict]) -> None:
         metrics=metric_keys(rows),
         num_samples=rows[0].get("num_samples"),
         comparison=base64.b64encode((directory / "comparison.png").read_bytes()).decode(),
+        curve=base64.b64encode(picture.read_bytes()).decode() if picture.exists() else None,
         config=(directory / "config.yaml").read_text(),
     )
     temporary = directory / "report.html.partial"

@@ -19,7 +19,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from pdistill import run
+from pdistill import curve, run
 from pdistill.batches import ImageDataModule
 from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
 from pdistill.checks import accumulated_batches, check_settings, check_stable, check_teacher
@@ -78,6 +78,7 @@ def train(cfg: DictConfig, directory: Path) -> None:
     teacher = new_denoiser(cfg, data)
     with open_job(cfg, directory, data) as job:
         _train_teacher(job, teacher)
+        _measure_teacher(job)
         _finish_stage(job, "teacher", plan[0], updates=cfg.training.updates)
 
 
@@ -102,6 +103,7 @@ def distill(cfg: DictConfig, directory: Path) -> None:
             _distill_stage(job, stage, teacher)
             rows.append(_finish_stage(job, stage.name, stage.num_steps, stage.updates, parent=teacher.name))
             teacher = directory / stage.name
+        _measure_teacher(job)
         if run.is_main_process():
             comparison_sheet(directory, rows)
             log_summary(job.loggers, rows, directory / "comparison.png")
@@ -156,6 +158,22 @@ def _train_teacher(job: Job, teacher: Denoiser) -> None:
         warmup_updates=cfg.warmup_updates,
     )
     _fit(job, module, directory, "teacher", cfg.batch_size, cfg.updates, job.cfg.steps.plan[0])
+
+
+def _measure_teacher(job: Job) -> None:
+    """The teacher by its own samplers at the step counts of metrics.teacher_curve, to teacher/curve.json."""
+    settings = job.cfg.metrics.teacher_curve
+    if job.fid is None or settings is None:
+        return
+    device = job.trainer().strategy.root_device
+    denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(device)
+    curve.measure_teacher(
+        job.directory / "teacher" / "curve.json",
+        settings.steps,
+        settings.samplers,
+        lambda num_steps, sampler: job.fid.measure(denoiser, num_steps, device, sampler),
+        writes=run.is_main_process(),
+    )
 
 
 def _optimization(cfg: DictConfig, section: DictConfig) -> dict:

@@ -1,4 +1,4 @@
-"""The table over a Hydra multirun: ablation.md and ablation.csv."""
+"""What a Hydra multirun ends with: ablation.md and .csv, and, over seeds, the curves with their spread."""
 
 import csv
 import hashlib
@@ -6,8 +6,25 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdistill import curve
 from pdistill.errors import UserError
 from pdistill.run import UNCOMPARED
+
+# Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
+PAPER_CIFAR10 = {
+    ("x_eps", "snr"): ("2.78", "2.54"),
+    ("x_eps", "truncated_snr"): ("2.76", "2.47"),
+    ("x_eps", "snr_plus_one"): ("2.87", "2.52"),
+    ("x", "snr"): ("2.75", "2.65"),
+    ("x", "truncated_snr"): ("2.51", "2.53"),
+    ("x", "snr_plus_one"): ("2.65", "2.56"),
+    ("eps", "snr"): ("2.91", "2.59"),
+    ("eps", "truncated_snr"): ("diverges", "diverges"),
+    ("eps", "snr_plus_one"): ("3.27", "2.56"),
+    ("v", "snr"): ("3.05", "2.65"),
+    ("v", "truncated_snr"): ("2.75", "2.45"),
+    ("v", "snr_plus_one"): ("2.87", "2.49"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,9 +35,16 @@ class Job:
     choices: dict[str, str]
     error: str | None = None
 
+    @property
+    def directory(self) -> Path:
+        return Path("outputs") / self.name
+
 
 def finish(jobs: list[Job]) -> None:
-    """Writes the table of a sweep and prints where; raises UserError if a job failed, after writing."""
+    """Writes the table of a sweep and prints where; raises UserError if a job failed, after writing.
+
+    Jobs that differ in nothing but `seed` are one row, mean and standard deviation; the csv has a row for each job.
+    """
     key = hashlib.sha256("\n".join(job.name for job in jobs).encode()).hexdigest()[:8]
     directory = Path("outputs") / f"sweep-{key}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -30,27 +54,60 @@ def finish(jobs: list[Job]) -> None:
         writer = csv.DictWriter(file, headings)
         writer.writeheader()
         writer.writerows(rows)
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    for row in rows:
-        values = (row.get(h, "") for h in headings)
-        lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values) + " |")
+    lines = _over_seeds(rows)
     (directory / "ablation.md").write_text("\n".join(lines) + "\n")
     print("\n" + "\n".join(lines) + f"\n\nsweep: {directory / 'ablation.md'} and .csv")
     failed = [job for job in jobs if job.error]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}")
+    if {k for row in rows for k in row if row[k] != rows[0].get(k) and isinstance(row[k], str)} <= {"seed"}:
+        _draw_curves(jobs, directory)
 
 
 def _row(job: Job) -> dict[str, object]:
     """parameterization, weighting, what else was swept, the FID of the teacher and of each student."""
-    directory = Path("outputs") / job.name
     row: dict[str, object] = {k: job.choices.get(k, "") for k in ("parameterization", "weighting")}
-    row |= {k: v for k, v in job.choices.items() if k.split(".")[0] not in (*UNCOMPARED, "experiment")}
-    for metrics in sorted(directory.glob("*/metrics.json"), reverse=True):
+    silent = (*UNCOMPARED, "experiment", "dataset")
+    row |= {k: v for k, v in job.choices.items() if k.split(".")[0] not in silent}
+    for metrics in sorted(job.directory.glob("*/metrics.json"), reverse=True):
         stage = json.loads(metrics.read_text())
         column = "teacher" if stage["stage"] == "teacher" else str(stage["num_steps"])
         for key in (k for k in stage if k.startswith("fid")):
             row[f"{key} {column}"] = stage[key]
+            if stage["stage"] == "teacher":
+                points = curve.teacher_points(job.directory).get("ancestral", {})
+                row |= {f"{key} teacher, ancestral": v for n, v in points.items() if n == str(stage["num_steps"])}
+    paper = PAPER_CIFAR10.get((row["parameterization"], row["weighting"]))
+    if job.choices.get("dataset") == "cifar10" and paper:
+        row |= {"paper, DDIM": paper[0], "paper, stochastic": paper[1]}
     if job.error:
         row["failed"] = job.error
     return row
+
+
+def _over_seeds(rows: list[dict[str, object]]) -> list[str]:
+    """Markdown: jobs that differ in nothing but `seed` as one row, mean and standard deviation."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        words = tuple((k, v) for k, v in row.items() if isinstance(v, str) and k != "seed")
+        groups.setdefault(words, []).append(row)
+    headings = list(dict.fromkeys(k for row in rows for k in row))
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    for words, members in groups.items():
+        cells = dict(words) | {"seed": ", ".join(str(m.get("seed", "")) for m in members)}
+        for heading in headings:
+            figures = [m[heading] for m in members if isinstance(m.get(heading), float)]
+            cells.setdefault(heading, curve.mean_and_spread(figures))
+        lines.append("| " + " | ".join(cells[h] for h in headings) + " |")
+    return lines
+
+
+def _draw_curves(jobs: list[Job], directory: Path) -> None:
+    """curve.png and curve.md of runs that differ in their seeds alone and have students."""
+    curves = curve.read(*(job.directory for job in jobs))
+    if curve.STUDENTS not in curves or not all(curves[curve.STUDENTS].values()):
+        return
+    lines = curve.table(curves)
+    (directory / "curve.md").write_text("\n".join(lines) + "\n")
+    curve.plot(curves, "FID", directory / "curve.png")
+    print("\n" + "\n".join(lines) + f"\n\ncurves: {directory / 'curve.png'} and .md")

@@ -1,0 +1,156 @@
+"""The paper's configurations, value by value, and its networks by their number of parameters."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from pdistill.checks import accumulated_batches
+from pdistill.errors import UserError
+from pdistill.steps import stages
+
+CONF = Path(__file__).parent.parent / "conf"
+COMMON = {
+    "schedule.logsnr_min": -20,
+    "schedule.logsnr_max": 20,
+    "weighting.path": "pdistill.weighting.truncated_snr",
+    "network.num_res_blocks": 3,
+    "training.warmup_updates": 1000,
+    "training.gradient_clip": 1,
+    "training.ema_decay": 0.9999,
+    "distillation.gradient_clip": 1,
+    "distillation.ema_decay": None,
+    "distillation.weight_decay": 0,
+    "distillation.dropout": 0,
+    "label_dropout": 0,
+    "dataset.flips": True,
+}
+LARGE = {
+    "parameterization._target_": "pdistill.parameterization.XEps",
+    "network.emb_ch": 768,
+    "network.attn_resolutions": [8, 16, 32],
+    "network.head_dim": 64,
+    "training.batch_size": 2048,
+    "training.learning_rate": 3e-4,
+    "training.weight_decay": 0,
+    "training.dropout": 0.1,
+    "distillation.batch_size": 2048,
+    "distillation.learning_rate": 1e-4,
+}
+LSUN = LARGE | {"network.ch": 64, "network.ch_mult": [1, 2, 4, 6, 8], "conditional": False, "dataset.image_size": 128}
+PAPER = {
+    "cifar10": {
+        "parameterization._target_": "pdistill.parameterization.X",
+        "network.ch": 256,
+        "network.emb_ch": 1024,
+        "network.ch_mult": [1, 1, 1],
+        "network.attn_resolutions": [8, 16],
+        "network.head_dim": None,
+        "conditional": False,
+        "training.batch_size": 128,
+        "training.learning_rate": 2e-4,
+        "training.weight_decay": 1e-3,
+        "training.dropout": 0.2,
+        "distillation.batch_size": 128,
+        "distillation.learning_rate": 5e-5,
+    },
+    "imagenet64": LARGE | {"network.ch": 192, "network.ch_mult": [1, 2, 3, 4], "conditional": True},
+    "lsun_bedroom128": LSUN | {"dataset.category": "bedroom"},
+    "lsun_church128": LSUN | {"dataset.category": "church_outdoor"},
+}
+IMAGES = {"cifar10": (32, 3, 8192), "imagenet64": (64, 6, 1024)}  # size, output channels, start steps; LSUN below
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("distill", ["name=test", *overrides])
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_recipe(experiment):
+    cfg = composed(f"experiment={experiment}")
+    for key, value in (COMMON | PAPER[experiment]).items():
+        found = OmegaConf.select(cfg, key, throw_on_missing=True)
+        assert (list(found) if OmegaConf.is_list(found) else found) == value, key
+
+    size, channels, start = IMAGES.get(experiment, (128, 6, 1024))
+    plan = stages(list(cfg.steps.plan), cfg.steps.updates, cfg.steps.updates_last_two)
+    assert [s.num_steps for s in plan] == [start // 2**k for k in range(1, start.bit_length())]
+    assert all(s.teacher_steps == 2 for s in plan)
+    assert [s.updates for s in plan] == [50_000] * (len(plan) - 2) + [100_000] * 2
+
+    with torch.device("meta"):
+        network = instantiate(cfg.network)(size, 3, channels, num_classes=1000 if cfg.conditional else None)
+    header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert f"{millions:.1f}" == re.search(r"([\d.]+) M parameters", header)[1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "most", "batches"), [(64, None, 1), (64, 32, 1), (8, 64, 4), (1, 64, 32), (8, 100, 4), (3, None, None)]
+)
+def test_accumulation_fills_the_global_batch_on_fewer_devices(devices, most, batches):
+    cfg = composed("experiment=imagenet64", "trainer=cpu", f"trainer.devices={devices}")
+    cfg.max_batch_per_device = most
+    if batches is None:
+        with pytest.raises(UserError, match="multiple of 3"):
+            accumulated_batches(cfg, 2048)
+    else:
+        assert accumulated_batches(cfg, 2048) == batches
+
+
+def test_accumulated_batches_train_as_one(run, workplace):
+    """The same images and updates; noise differs, as it is drawn for each part."""
+    status, _, err = run(
+        "train.py", "experiment=smoke", "max_batch_per_device=8", "metrics=none", "training.updates=12", "name=parts"
+    )
+    assert status == 0, err
+    logged = (workplace / "outputs" / "parts" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert logged[-1].count(",") and "10" in logged[1].split(",")  # logged at update 10 of 12, not of 48 batches
+    assert '"updates": 12' in (workplace / "outputs" / "parts" / "teacher" / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("parameterization", ["x", "x_eps", "v"])
+def test_exactly_zero_terminal_snr_is_trained_and_distilled(run, workplace, parameterization):
+    name = f"zero-{parameterization}"
+    overrides = (
+        f"parameterization={parameterization}",
+        "schedule=cosine_zero_snr",
+        "steps.plan=[4,2,1]",
+        f"name={name}",
+    )
+    status, _, err = run("distill.py", "experiment=smoke", *overrides)
+    assert status == 0, err
+    from pdistill.denoiser import Denoiser
+    from pdistill.sampling import sample
+
+    student = Denoiser.load(workplace / "outputs" / name / "steps-0001" / "denoiser")
+    assert student.schedule(torch.ones(1)) == -torch.inf
+    pictures = sample(student, torch.randn(4, 1, 8, 8), 1)
+    assert pictures.isfinite().all() and pictures.std() > 0.1
+
+
+def test_the_papers_table_has_its_figures_beside_ours(tmp_path, monkeypatch, capsys):
+    import json
+
+    from pdistill import sweep
+
+    monkeypatch.chdir(tmp_path)
+    jobs = []
+    for seed, fid in ((0, 3.0), (1, 3.5)):
+        teacher = tmp_path / "outputs" / f"run{seed}" / "teacher"
+        teacher.mkdir(parents=True)
+        (teacher / "metrics.json").write_text(json.dumps({"stage": "teacher", "num_steps": 1024, "fid": fid}))
+        (teacher / "curve.json").write_text(json.dumps({"ancestral": {"1024": fid - 0.25}}))
+        choices = {"dataset": "cifar10", "parameterization": "v", "weighting": "snr", "seed": str(seed)}
+        jobs.append(sweep.Job(f"run{seed}", choices))
+    sweep.finish(jobs)
+    table = capsys.readouterr().out.strip().splitlines()
+    assert table[0] == (
+        "| parameterization | weighting | seed | fid teacher | fid teacher, ancestral | paper, DDIM | paper, stochastic |"
+    )
+    assert table[2] == "| v | snr | 0, 1 | 3.250 ± 0.354 | 3.000 ± 0.354 | 3.05 | 2.65 |"
