@@ -16,7 +16,7 @@ from PIL import Image
         (
             "distill.py",
             ["dataset=image_folder", "dataset.path=absent"],
-            ["dataset.path=absent is not a directory or zip"],
+            ["dataset.path=absent is not a directory"],
         ),
         ("distill.py", ["dataset=image_folder"], ["dataset.path=<folder>"]),
         ("train.py", ["training.batch_size=63", "trainer=ddp_cpu"], ["batch_size=63", "multiple of 2"]),
