@@ -117,13 +117,8 @@ def test_accumulated_batches_train_as_one(run, workplace):
 @pytest.mark.parametrize("parameterization", ["x", "x_eps", "v"])
 def test_exactly_zero_terminal_snr_is_trained_and_distilled(run, workplace, parameterization):
     name = f"zero-{parameterization}"
-    overrides = (
-        f"parameterization={parameterization}",
-        "schedule=cosine_zero_snr",
-        "steps.plan=[4,2,1]",
-        f"name={name}",
-    )
-    status, _, err = run("distill.py", "experiment=smoke", *overrides)
+    settings = (f"parameterization={parameterization}", "schedule=cosine_zero_snr", "steps.plan=[4,1]")
+    status, _, err = run("distill.py", "experiment=smoke", *settings, "metrics=none", f"name={name}")
     assert status == 0, err
     from pdistill.denoiser import Denoiser
     from pdistill.sampling import sample
@@ -150,7 +145,5 @@ def test_the_papers_table_has_its_figures_beside_ours(tmp_path, monkeypatch, cap
         jobs.append(sweep.Job(f"run{seed}", choices))
     sweep.finish(jobs)
     table = capsys.readouterr().out.strip().splitlines()
-    assert table[0] == (
-        "| parameterization | weighting | seed | fid teacher | fid teacher, ancestral | paper, DDIM | paper, stochastic |"
-    )
+    assert table[0].endswith("| seed | fid teacher | fid teacher, ancestral | paper, DDIM | paper, stochastic |")
     assert table[2] == "| v | snr | 0, 1 | 3.250 ± 0.354 | 3.000 ± 0.354 | 3.05 | 2.65 |"
