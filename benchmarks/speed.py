@@ -99,6 +99,13 @@ def bare_teacher(model: Denoiser, data: ImageSet, batch_size: int, steps: int) -
     return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
 
 
+def loaded(size: int, channels: int, batch_size: int, steps: int) -> list[float]:
+    """Seconds for each batch that the loader gives, from a dataset of CIFAR-10's size, flipped and as floats."""
+    images = torch.randint(0, 256, (50_000, channels, size, size), dtype=torch.uint8)
+    batches = iter(ImageSet("noise", images, flips=True).batches(batch_size, 0, 0))
+    return timed(lambda: to_float(next(batches)["image"]), steps)
+
+
 def compare(ours: Callable[[], list[float]], theirs: Callable[[], list[float]], rounds: int) -> tuple[float, float]:
     """The medians of both, taking turns."""
     a, b = [], []
@@ -122,7 +129,7 @@ def main() -> None:
     for heading in ("network", "ratio", "measured", "limit", "ours, ms", "theirs, ms"):
         table.add_column(heading)
 
-    def row(network: str, what: str, limit: float, ours: float, theirs: float) -> None:
+    def row(network: str, what: str, limit: float | str, ours: float, theirs: float) -> None:
         table.add_row(network, what, f"{ours / theirs:.3f}", f"{limit}", f"{ours * 1000:.1f}", f"{theirs * 1000:.1f}")
 
     settings = {"learning_rate": 1e-3}
@@ -147,7 +154,10 @@ def main() -> None:
             module = DistillationModule(copy.deepcopy(model), 8, truncated_snr, updates=steps, **settings)
             return fit(module, data, batch, steps)
 
-        row(network, "Lightning teacher step / bare loop", limit, *compare(teacher, bare, rounds))
+        framework, bare_loop = compare(teacher, bare, rounds)
+        row(network, "Lightning teacher step / bare loop", limit, framework, bare_loop)
+        in_training, in_loader = framework / batch, statistics.median(loaded(size, channels, 128, 50)) / 128
+        row(network, "images/s of the loader / of training", "5 or more", in_training, in_loader)
         row(network, "distillation step / teacher step", 1.75, *compare(distillation, teacher_without_ema, rounds))
         model = model.eval()
         noise, t, n = torch.randn(batch, channels, size, size), torch.full((batch,), 500.0), 16 if size == 8 else 4
