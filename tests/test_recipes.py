@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from pdistill.checks import accumulated_batches
 from pdistill.errors import UserError
 from pdistill.steps import stages
+from pdistill.sweep import PAPER_CIFAR10
 
 CONF = Path(__file__).parent.parent / "conf"
 COMMON = {
@@ -88,6 +89,15 @@ def test_recipe(experiment):
     header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     assert f"{millions:.1f}" == re.search(r"([\d.]+) M parameters", header)[1]
+
+
+def test_the_ablation_is_the_recipe_at_1024_steps():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["name=test", "experiment=ablation"], return_hydra_config=True)
+    assert cfg.steps.plan[0] == 1024 and cfg.training.dropout == 0.2
+    swept = cfg.hydra.sweeper.params
+    pairs = {(p, w) for p in swept.parameterization.split(",") for w in swept.weighting.split(",")}
+    assert pairs == set(PAPER_CIFAR10)
 
 
 @pytest.mark.parametrize(
