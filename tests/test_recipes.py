@@ -137,23 +137,3 @@ def test_exactly_zero_terminal_snr_is_trained_and_distilled(run, workplace, para
     assert student.schedule(torch.ones(1)) == -torch.inf
     pictures = sample(student, torch.randn(4, 1, 8, 8), 1)
     assert pictures.isfinite().all() and pictures.std() > 0.1
-
-
-def test_the_papers_table_has_its_figures_beside_ours(tmp_path, monkeypatch, capsys):
-    import json
-
-    from pdistill import sweep
-
-    monkeypatch.chdir(tmp_path)
-    jobs = []
-    for seed, fid in ((0, 3.0), (1, 3.5)):
-        teacher = tmp_path / "outputs" / f"run{seed}" / "teacher"
-        teacher.mkdir(parents=True)
-        (teacher / "metrics.json").write_text(json.dumps({"stage": "teacher", "num_steps": 1024, "fid": fid}))
-        (teacher / "curve.json").write_text(json.dumps({"ancestral": {"1024": fid - 0.25}}))
-        choices = {"dataset": "cifar10", "parameterization": "v", "weighting": "snr", "seed": str(seed)}
-        jobs.append(sweep.Job(f"run{seed}", choices))
-    sweep.finish(jobs)
-    table = capsys.readouterr().out.strip().splitlines()
-    assert table[0].endswith("| seed | fid teacher | fid teacher, ancestral | paper, DDIM | paper, stochastic |")
-    assert table[2] == "| v | snr | 0, 1 | 3.250 ± 0.354 | 3.000 ± 0.354 | 3.05 | 2.65 |"

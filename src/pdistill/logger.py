@@ -73,7 +73,8 @@ def log_summary(loggers: list[Logger], rows: list[dict], comparison: Path) -> No
         if isinstance(logger, WandbLogger):
             import wandb
 
-            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            columns = [k for k in rows[0] if k != "provenance"]
+            table = wandb.Table(columns=columns, data=[[row[k] for k in columns] for row in rows])
             logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
 
 

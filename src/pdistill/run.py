@@ -71,7 +71,7 @@ def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
         return directory, False
     if not (directory / "config.yaml").exists():
         raise UserError(f"{directory} exists and is no run of pdistill (no config.yaml): choose another name=...")
-    ours, theirs = (_flat(c) for c in (cfg, OmegaConf.load(directory / "config.yaml")))
+    ours, theirs = (flat(c) for c in (cfg, OmegaConf.load(directory / "config.yaml")))
     differing = [
         f"{k}: {ours.get(k, 'absent')}, was {theirs.get(k, 'absent')}"
         for k in sorted(ours.keys() | theirs.keys())
@@ -85,7 +85,8 @@ def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
     return directory, (directory / result).exists()
 
 
-def _flat(cfg: DictConfig) -> dict[str, str]:
+def flat(cfg: DictConfig) -> dict[str, str]:
+    """What decides a run's result, as dotted keys; UNCOMPARED is left out."""
     flat = {}
 
     def visit(prefix: str, value: object) -> None:

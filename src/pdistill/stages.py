@@ -251,6 +251,7 @@ def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str
     if job.fid is not None:
         row[job.fid.name] = job.fid.measure(denoiser, num_steps, device)
         row["num_samples"] = job.fid.num_samples
+        row["provenance"] = job.fid.provenance(num_steps)
     if run.is_main_process():
         row["seconds_per_image"] = seconds_per_image(denoiser, num_steps, device)
         row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}

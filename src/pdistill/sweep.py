@@ -1,14 +1,21 @@
-"""What a Hydra multirun ends with: ablation.md and .csv, and, over seeds, the curves with their spread."""
+"""Tables over runs, and, over seeds, curves with their spread: what a Hydra multirun ends with.
+
+`python -m pdistill.sweep outputs/a outputs/b ...` makes them of any finished runs.
+"""
 
 import csv
 import hashlib
 import json
+import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from pdistill import curve
 from pdistill.errors import UserError
-from pdistill.run import UNCOMPARED
+from pdistill.run import UNCOMPARED, flat
 
 # Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
 PAPER_CIFAR10 = {
@@ -27,6 +34,10 @@ PAPER_CIFAR10 = {
 }
 
 
+# Parts of a figure's provenance that must be equal for two figures to be compared.
+MATTERS = ("extractor", "extractor_fingerprint", "reference_fingerprint", "num_samples", "clip", "precision")
+
+
 @dataclass(frozen=True)
 class Job:
     """One job of a sweep: its run, what was chosen for it, and its line of error if it failed."""
@@ -39,6 +50,11 @@ class Job:
     def directory(self) -> Path:
         return Path("outputs") / self.name
 
+    @property
+    def provenance(self) -> dict:
+        path = self.directory / "teacher" / "metrics.json"
+        return json.loads(path.read_text()).get("provenance", {}) if path.exists() else {}
+
 
 def finish(jobs: list[Job]) -> None:
     """Writes the table of a sweep and prints where; raises UserError if a job failed, after writing.
@@ -49,6 +65,9 @@ def finish(jobs: list[Job]) -> None:
     directory = Path("outputs") / f"sweep-{key}"
     directory.mkdir(parents=True, exist_ok=True)
     rows = [_row(job) for job in jobs]
+    for job, row in zip(jobs, rows, strict=True):
+        if other := differing(jobs[0], job):
+            row["measured otherwise than the first"] = "; ".join(other)
     headings = list(dict.fromkeys(k for row in rows for k in row))
     with (directory / "ablation.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, headings)
@@ -62,6 +81,47 @@ def finish(jobs: list[Job]) -> None:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}")
     if {k for row in rows for k in row if row[k] != rows[0].get(k) and isinstance(row[k], str)} <= {"seed"}:
         _draw_curves(jobs, directory)
+
+
+def collect(directories: list[str]) -> list[Job]:
+    """Finished runs as the jobs of a sweep, told apart by what their configurations differ in.
+
+    Raises UserError for a directory that is no run under outputs/, and for figures that cannot be compared, with the
+    keys of their provenance that differ.
+    """
+    from pdistill.parameterization import BY_NAME  # torch, which other users of this module need not wait for
+
+    names = {cls.__name__: name for name, cls in BY_NAME.items()}
+    configs = {}
+    for directory in map(Path, directories):
+        if directory.parent != Path("outputs") or not (directory / "config.yaml").exists():
+            raise UserError(f"{directory} is no run: give directories outputs/<name> that hold a config.yaml")
+        configs[directory.name] = flat(OmegaConf.load(directory / "config.yaml"))
+    keys = {key for config in configs.values() for key in config}
+    keys = sorted(k for k in keys if len({config.get(k) for config in configs.values()}) > 1)
+    jobs = []
+    for name, config in configs.items():
+        groups = {
+            "parameterization": "parameterization._target_",
+            "weighting": "weighting.path",
+            "dataset": "dataset._target_",
+        }
+        choices = {group: config[key].rpartition(".")[2] for group, key in groups.items()}
+        choices["parameterization"] = names[choices["parameterization"]]
+        jobs.append(Job(name, choices | {k: config.get(k, "") for k in keys if k not in groups.values()}))
+    for job in jobs[1:]:
+        if other := differing(jobs[0], job):
+            raise UserError(
+                f"{job.directory} was measured otherwise than {jobs[0].directory} ({'; '.join(other)}): figures of "
+                f"different provenance are no comparison; measure both alike"
+            )
+    return jobs
+
+
+def differing(a: Job, b: Job) -> list[str]:
+    """What makes figures of the one no comparison with those of the other, as "key theirs, there ours"."""
+    ours, theirs = a.provenance, b.provenance
+    return [f"{k} {theirs[k]}, there {ours[k]}" for k in MATTERS if ours and theirs and ours.get(k) != theirs.get(k)]
 
 
 def _row(job: Job) -> dict[str, object]:
@@ -86,18 +146,25 @@ def _row(job: Job) -> dict[str, object]:
 
 
 def _over_seeds(rows: list[dict[str, object]]) -> list[str]:
-    """Markdown: jobs that differ in nothing but `seed` as one row, mean and standard deviation."""
+    """Markdown: jobs that differ in nothing but `seed` as one row, mean and standard deviation; the best in bold."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         words = tuple((k, v) for k, v in row.items() if isinstance(v, str) and k != "seed")
         groups.setdefault(words, []).append(row)
     headings = list(dict.fromkeys(k for row in rows for k in row))
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    means: dict[str, list[float]] = {}
+    for members in groups.values():
+        for heading in headings:
+            if figures := [m[heading] for m in members if isinstance(m.get(heading), float)]:
+                means.setdefault(heading, []).append(statistics.mean(figures))
     for words, members in groups.items():
         cells = dict(words) | {"seed": ", ".join(str(m.get("seed", "")) for m in members)}
         for heading in headings:
             figures = [m[heading] for m in members if isinstance(m.get(heading), float)]
-            cells.setdefault(heading, curve.mean_and_spread(figures))
+            cell = curve.mean_and_spread(figures)
+            best = len(groups) > 1 and figures and statistics.mean(figures) == min(means[heading])
+            cells.setdefault(heading, f"**{cell}**" if best else cell)
         lines.append("| " + " | ".join(cells[h] for h in headings) + " |")
     return lines
 
@@ -111,3 +178,10 @@ def _draw_curves(jobs: list[Job], directory: Path) -> None:
     (directory / "curve.md").write_text("\n".join(lines) + "\n")
     curve.plot(curves, "FID", directory / "curve.png")
     print("\n" + "\n".join(lines) + f"\n\ncurves: {directory / 'curve.png'} and .md")
+
+
+if __name__ == "__main__":
+    try:
+        finish(collect(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
