@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdistill import weighting
+from pdistill.baselines import SCHEDULERS
 from pdistill.distillation import distillation_target
 from pdistill.parameterization import Eps, V, X, XEps, broadcast, x_to_eps, x_to_v
 from pdistill.sampling import ddim_step, sample
@@ -170,3 +171,22 @@ def test_weightings_are_errors_in_other_quantities(tiny):
 def test_sampler_refuses(tiny, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         sample(tiny(), torch.zeros(1, 1, 8, 8), **({"num_steps": 2} | wrong))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_diffusers_solve_the_same_equation(name):
+    """Nearer to the limit of many DDIM steps than DDIM is with as many evaluations."""
+    gaussian, z = Gaussian(), noise(64)
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return gaussian(*args)
+
+    counted.schedule = gaussian.schedule
+    limit = sample(gaussian, z, 2048, clip=False)
+    error = {s: (sample(counted, z, 16, sampler=s, clip=False) - limit).abs().max() for s in ("ddim", name)}
+    assert error[name] < 0.5 * error["ddim"]
+    assert len(calls) == 32
+    for num_steps in (1, 2, 3):
+        assert sample(gaussian, z, num_steps, sampler=name).isfinite().all()

@@ -6,6 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
+from pdistill.sampling import samplers
 from pdistill.schedule import alpha_sigma
 
 NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
@@ -51,12 +52,12 @@ def check_settings(cfg: DictConfig) -> None:
 def _check_teacher_curve(settings: DictConfig | None) -> None:
     if settings is None:
         return
-    steps, samplers = settings.get("steps"), settings.get("samplers")
+    steps, names = settings.get("steps"), settings.get("samplers")
     counts = steps and all(isinstance(n, int) and n > 0 for n in steps)
-    if not (counts and samplers and set(samplers) <= {"ddim", "ancestral"}):
+    if not (counts and names and set(names) <= set(samplers())):
         raise UserError(
             f"metrics.teacher_curve={settings} must be null or list step counts and samplers, e.g. "
-            f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}}"
+            f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}} (samplers: {', '.join(samplers())})"
         )
 
 

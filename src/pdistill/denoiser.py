@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pdistill.errors import UserError
 from pdistill.parameterization import BY_NAME, Parameterization, broadcast
-from pdistill.schedule import CosineSchedule, alpha_sigma, logsnr_on_grid
+from pdistill.schedule import CosineSchedule, alpha_sigma, betas, logsnr_on_grid
 
 FORMAT = 1
 DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
@@ -56,8 +56,6 @@ class Denoiser(nn.Module):
         self.null_label = null_label
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        if label is None and self.num_classes is not None:
-            raise ValueError(f"this denoiser is class-conditional: give it labels (B,) of 0 to {self.num_classes - 1}")
         logsnr = self.schedule(t)
         output = self.network(z, timestep_of(logsnr), class_labels=label).sample.to(z.dtype)
         alpha, sigma = alpha_sigma(logsnr)
@@ -135,12 +133,9 @@ class Denoiser(nn.Module):
 
     def _scheduler(self, num_steps: int) -> DPMSolverMultistepScheduler:
         """diffusers' first-order DPM-Solver++ on our grid: clipped DDIM with eps recomputed."""
-        grid = torch.arange(num_steps + 1, dtype=torch.float64)
-        abar = torch.sigmoid(logsnr_on_grid(self.schedule, grid, num_steps))
-        betas = (1 - abar[1:] / abar[:-1]).clamp(max=1 - 2**-24)  # a float32 beta of 1 makes log(0)
         return DPMSolverMultistepScheduler(
             num_train_timesteps=num_steps,
-            trained_betas=betas.tolist(),
+            trained_betas=betas(self.schedule, num_steps),
             prediction_type=PREDICTION_TYPES[self.parameterization.name],
             solver_order=1,
             algorithm_type="dpmsolver++",

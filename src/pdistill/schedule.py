@@ -49,3 +49,10 @@ def logsnr_on_grid(schedule, i: Tensor, num_steps: int) -> Tensor:
     schedule's own logsnr_max.
     """
     return torch.where(i > 0, schedule(i / num_steps), math.inf)
+
+
+def betas(schedule: CosineSchedule, num_steps: int) -> list[float]:
+    """The schedule in diffusers' words: 1 - abar_i / abar_{i-1} on the grid of `num_steps`, abar = alpha^2."""
+    grid = torch.arange(num_steps + 1, dtype=torch.float64)
+    abar = torch.sigmoid(logsnr_on_grid(schedule, grid, num_steps))
+    return (1 - abar[1:] / abar[:-1]).clamp(max=1 - 2**-24).tolist()  # a float32 beta of 1 makes log(0)
