@@ -31,6 +31,7 @@ from PIL import Image
         ("train.py", ["training.ema_decay=1.5"], ["training.ema_decay=1.5", "or null"]),
         ("distill.py", ["trainer.accelerator=abacus"], ["abacus"]),
         ("sample.py", [], ["denoiser=<directory> is missing"]),
+        ("evaluate.py", [], ["denoiser=<directory> is missing"]),
     ],
 )
 def test_one_line_and_nothing_written(run, workplace, script, overrides, words):

@@ -10,7 +10,6 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from tqdm import tqdm
 
-from pdistill import __version__
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted, UserError
@@ -193,23 +192,6 @@ class FID(PerUpdate):
         total = -(-self.num_samples // (world * self.batch_size))
         bar = tqdm(batches, f"{self.name} at {num_steps} steps", total, unit="batch", leave=False, disable=rank > 0)
         return measure_fid(metric, bar)
-
-    def provenance(self, num_steps: int, sampler: str = "ddim") -> dict[str, object]:
-        """What a figure of `measure` was measured with."""
-        return {
-            "extractor": self.extractor.name,
-            "extractor_fingerprint": self.extractor.fingerprint,
-            "reference": self.data.name,
-            "reference_fingerprint": self.data.fingerprint,
-            "reference_size": len(self.data.images),
-            "num_samples": self.num_samples,
-            "sampler": sampler,
-            "num_steps": num_steps,
-            "clip": True,
-            "seed": self.seed,
-            "precision": "float32",
-            "version": __version__,
-        }
 
     def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         if self.every_n_updates and update % self.every_n_updates == 0 and update < trainer.max_steps:

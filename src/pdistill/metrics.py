@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
+from pdistill import __version__
 from pdistill.batches import to_uint8
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
@@ -73,6 +74,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images.float() / 127.5 - 1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.head(features)
 
     @property
     def fingerprint(self) -> str:
@@ -145,6 +149,26 @@ def inception(data: ImageSet, weights: str | None = None) -> Inception:
 def fid_name(extractor: nn.Module) -> str:
     """`fid` is Inception's alone; every other extractor's figure carries its name."""
     return "fid" if extractor.name == "inception" else f"fid_{extractor.name}"
+
+
+def provenance(
+    extractor: nn.Module, data: ImageSet, num_samples: int, seed: int, num_steps: int | None, sampler: str
+) -> dict[str, object]:
+    """What a figure was measured with: without it, a figure is a rumour."""
+    return {
+        "extractor": extractor.name,
+        "extractor_fingerprint": extractor.fingerprint,
+        "reference": data.name,
+        "reference_fingerprint": data.fingerprint,
+        "reference_size": len(data.images),
+        "num_samples": num_samples,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "clip": True,
+        "seed": seed,
+        "precision": "float32",
+        "version": __version__,
+    }
 
 
 def fid_metric(

@@ -34,11 +34,8 @@ def draw(cfg: DictConfig) -> Path:
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{key}={value} must be a whole number, at least 1")
     labels = _labels(cfg, denoiser.num_classes)
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        denoiser.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device} is not to be had here ({str(error).splitlines()[0]})") from error
+    device = device_of(cfg.device)
+    denoiser.to(device)
     if not isinstance(cfg.guidance, int | float):
         raise UserError(f"guidance={cfg.guidance} must be a number")
     options = {
@@ -54,7 +51,7 @@ def draw(cfg: DictConfig) -> Path:
         images = torch.cat([b.cpu() for b in tqdm(batches, f"{num_steps} steps", total, unit="batch")])
     except ValueError as error:  # an unknown sampler or variance
         raise UserError(str(error)) from error
-    grid = Path(cfg.output or _default_output(Path(cfg.denoiser), num_steps, cfg.seed))
+    grid = Path(cfg.output or f"outputs/samples/{name_of(Path(cfg.denoiser))}-{num_steps}-steps-seed-{cfg.seed}.png")
     grid.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, grid)
     if cfg.individual:
@@ -63,6 +60,15 @@ def draw(cfg: DictConfig) -> Path:
         for i, image in enumerate(images):
             save_image(image, folder / f"{i:05d}.png", normalize=True, value_range=(-1, 1))
     return grid
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. Raises UserError where it is not to be had."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} is not to be had here ({str(error).splitlines()[0]})") from error
 
 
 def _labels(cfg: DictConfig, num_classes: int | None) -> list[int] | None:
@@ -78,6 +84,6 @@ def _labels(cfg: DictConfig, num_classes: int | None) -> list[int] | None:
     return labels
 
 
-def _default_output(denoiser: Path, num_steps: int, seed: int) -> Path:
-    run, stage = denoiser.resolve().parts[-3:-1]
-    return Path("outputs/samples") / f"{run}-{stage}-{num_steps}-steps-seed-{seed}.png"
+def name_of(denoiser: Path) -> str:
+    """outputs/demo/steps-0004/denoiser -> demo-steps-0004"""
+    return "-".join(denoiser.resolve().parts[-3:-1])

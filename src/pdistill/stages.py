@@ -28,7 +28,7 @@ from pdistill.denoiser import Denoiser, write_json
 from pdistill.distillation import DistillationModule
 from pdistill.errors import UserError
 from pdistill.logger import close, log_stage, log_summary
-from pdistill.metrics import generate
+from pdistill.metrics import generate, provenance
 from pdistill.network import set_dropout
 from pdistill.pictures import save_grid
 from pdistill.randomness import sample_noise, seed_of
@@ -251,7 +251,9 @@ def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str
     if job.fid is not None:
         row[job.fid.name] = job.fid.measure(denoiser, num_steps, device)
         row["num_samples"] = job.fid.num_samples
-        row["provenance"] = job.fid.provenance(num_steps)
+        row["provenance"] = provenance(
+            job.fid.extractor, job.data, job.fid.num_samples, job.cfg.seed, num_steps, "ddim"
+        )
     if run.is_main_process():
         row["seconds_per_image"] = seconds_per_image(denoiser, num_steps, device)
         row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}
