@@ -28,7 +28,7 @@ UNCOMPARED = (
 def run_name() -> str:
     """The default of `name`: the experiment, or the main groups, and every override that was typed.
 
-    No time stamp: the same command has the same name, and so resumes.
+    No time stamp: the same command has the same name, and so resumes. Nothing in it needs quotes in an override.
     """
     hydra = HydraConfig.get()
     choices, typed = hydra.runtime.choices, dict(o.lstrip("+~").split("=", 1) for o in hydra.overrides.task if "=" in o)
@@ -41,12 +41,12 @@ def run_name() -> str:
         parts.append("teacher")
     silent = (*NAMED_GROUPS, *UNCOMPARED, "experiment")
     parts += [
-        f"{k}={v}"
+        f"{k}-{v}"
         for k, v in sorted(typed.items())
         if k.split(".")[0] not in silent or ("." in k and k.split(".")[0] in NAMED_GROUPS)
     ]
     name = re.sub(r"[\[\]'\"]", "", "-".join(parts))
-    return re.sub(r"[^\w.,=+-]+", "_", name).strip("_")[:200]
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_")[:200]
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
@@ -64,8 +64,8 @@ def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
     that is no run or holds one with another configuration.
     """
     name = str(cfg.name)
-    if not re.fullmatch(r"[\w.,=+-]+", name) or name.startswith("."):
-        raise UserError(f"name={name} must be one directory name of letters, digits and . , = + - _")
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+        raise UserError(f"name={name} must be one directory name of letters, digits and . + - _")
     directory = Path("outputs") / name
     if cfg.overwrite or not directory.exists():
         return directory, False
