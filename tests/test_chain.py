@@ -136,7 +136,7 @@ def test_two_processes_make_one_model_and_the_same_figures(run, workplace):
     from pdistill.callbacks import FID
     from pdistill.dataset import digits
     from pdistill.denoiser import Denoiser
-    from pdistill.metrics import train_classifier
+    from pdistill.extractors import train_classifier
 
     status, _, err = run("distill.py", "-m", "experiment=smoke", "trainer=ddp_cpu", "name=two", "seed=0")
     assert status == 0, err

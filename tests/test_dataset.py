@@ -7,7 +7,8 @@ import torch
 
 from pdistill.batches import to_float, to_uint8
 from pdistill.dataset import ImageSet, digits
-from pdistill.metrics import fid_metric, measure_fid, train_classifier
+from pdistill.extractors import train_classifier
+from pdistill.metrics import fid_metric, measure_fid
 
 
 def test_a_stream_resumed_at_a_step_is_the_stream():

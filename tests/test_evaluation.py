@@ -9,7 +9,8 @@ from pdistill.batches import to_float
 from pdistill.dataset import digits
 from pdistill.errors import UserError
 from pdistill.evaluation import measures
-from pdistill.metrics import fid_metric, measure_fid, train_classifier
+from pdistill.extractors import train_classifier
+from pdistill.metrics import fid_metric, measure_fid
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,48 @@ class TrainingLog(PerUpdate):
         self._reset(module)
 
 
+class Cost(Callback):
+    """Wall-clock seconds of a stage and, where NVIDIA's library tells, its GPUs' joules, restarts included."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float | None] = {"training_seconds": 0.0, "joules": 0.0}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.device, self.before = module.device, self.spent
+        self.clock, self.meter = time.perf_counter(), joules(module.device)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.spent = self.state_dict()
+        if self.spent["joules"] is not None:
+            used = torch.tensor(self.spent["joules"], dtype=torch.float64, device=module.device)
+            self.spent["joules"] = float(trainer.strategy.reduce(used, reduce_op="sum"))
+
+    def state_dict(self) -> dict[str, float | None]:
+        meter = joules(self.device)
+        known = None not in (meter, self.meter, self.before["joules"])
+        return {
+            "training_seconds": self.before["training_seconds"] + time.perf_counter() - self.clock,
+            "joules": self.before["joules"] + meter - self.meter if known else None,
+        }
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        self.spent = state
+
+
+def joules(device: torch.device) -> float | None:
+    """What a GPU has used since its driver was loaded; None for other devices, and where NVIDIA's library is absent."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # a library, a driver or a device that does not tell
+        return None
+
+
 class ResumableCheckpoint(PerUpdate, Checkpoint):
     """Keeps `path` up to date: every `every_n_updates`, and when Ctrl-C or SIGTERM asks the training to stop.
 

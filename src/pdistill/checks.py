@@ -14,6 +14,7 @@ COUNTS = (
     "training.updates",
     "training.batch_size",
     "distillation.batch_size",
+    "distillation.max_teacher_steps",
     "steps.updates",
     "steps.updates_last_two",
     "checkpoint_every_n_updates",

@@ -94,7 +94,8 @@ def _tell(error: BaseException) -> int:
 def one_line(error: BaseException) -> str:
     text = str(error).split("Config search path")[0]
     if isinstance(error, OverrideParseException):
-        text = f"{error.override}: a value with = , : or blanks needs quotes inside of the shell's, 'key=\"a=b\"' ({text.split(" See ")[0]})"
+        quoted = "a value with = , : or blanks needs quotes inside of the shell's, 'key=\"a=b\"'"
+        text = f"{error.override}: {quoted} ({text.partition(' See ')[0]})"
     if "Original Traceback" in text:  # from a process that makes batches: its last line is the error itself
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split())

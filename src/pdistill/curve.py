@@ -4,7 +4,10 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from pdistill.denoiser import write_json
 
@@ -73,15 +76,11 @@ def mean_and_spread(values: Sequence[float] | None) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def plot(curves: Curves, metric: str, path: Path) -> None:
-    """Means as lines, the range over runs as bands, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for (name, points), marker in zip(curves.items(), "osD^v", strict=False):
+def draw(curves: Curves, metric: str) -> Figure:
+    """Means as lines, the range over runs, or the interval, as bands, both axes logarithmic."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for (name, points), marker in zip(curves.items(), cycle("osD^vPX<>"), strict=False):
         steps = sorted(points)
         (line,) = axis.plot(steps, [statistics.mean(points[n]) for n in steps], marker=marker, ms=4, label=name)
         low, high = ([f(points[n]) for n in steps] for f in (min, max))
@@ -94,8 +93,11 @@ def plot(curves: Curves, metric: str, path: Path) -> None:
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.tight_layout()
+    return figure
+
+
+def plot(curves: Curves, metric: str, path: Path) -> None:
+    """`draw` as a PNG."""
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120)
+    draw(curves, metric).savefig(temporary, dpi=120)
     temporary.replace(path)
-    plt.close(figure)

@@ -28,7 +28,7 @@ def distillation_target(
     z_s = (sigma_s / sigma_t) z_t + sum_j c_j x_j, and a student step to (sigma_s / sigma_t) z_t + (sum_j c_j) x, so
     the target is sum_j c_j x_j / sum_j c_j: a convex combination of the teacher's predictions, from which z
     has cancelled. The sums obey c <- r c with r = sigma_{next} / sigma_{now}, then add alpha_{next} - r alpha_{now};
-    at s = 0, r = 0 and the target is the last prediction..
+    at s = 0, r = 0 and the target is the last prediction.
     """
     fine = num_steps * teacher_steps
     i = torch.round(t.double() * num_steps).long() * teacher_steps  # (B,) on the teacher's grid
@@ -52,9 +52,9 @@ def distillation_target(
 class DistillationModule(DenoisingModule):
     """A student that learns to do in one step what the frozen `teacher` does in `teacher_steps`.
 
-    The student starts as a copy of the teacher, with its own `dropout`; the learning rate anneals linearly
-    from `learning_rate` to 0 over `updates`. The teacher is in eval mode, is run under inference mode and is
-    not in the checkpoint. Other arguments: DenoisingModule.
+    The student starts as a copy of `start`, by default of the teacher, with its own `dropout`; the learning rate
+    anneals linearly from `learning_rate` to 0 over `updates`. The teacher is in eval mode, is run under inference
+    mode and is not in the checkpoint. Other arguments: DenoisingModule.
     """
 
     strict_loading = False  # the checkpoint leaves the teacher out
@@ -67,11 +67,13 @@ class DistillationModule(DenoisingModule):
         updates: int,
         teacher_steps: int = 2,
         dropout: float = 0.0,
+        start: Denoiser | None = None,
         **kwargs,
     ) -> None:
-        student = copy.deepcopy(teacher).requires_grad_(True).train()
+        start = start or teacher
+        student = copy.deepcopy(start).requires_grad_(True).train()
         student.num_steps = num_steps
-        student.lineage = [*teacher.lineage, num_steps]
+        student.lineage = [*start.lineage, num_steps]
         set_dropout(student, dropout)
         super().__init__(student, *args, **kwargs)
         self.teacher = teacher.requires_grad_(False).eval()

@@ -1,166 +1,271 @@
-"""FID, KID, Inception score, precision and recall of a denoiser, with intervals and provenance.
+"""FID, KID, Inception score, precision and recall of denoisers, with intervals and provenance: what evaluate.py does.
 
-The metrics are torch-fidelity's, on features that are computed once for all of them; images go from the sampler to the
-extractor in memory.
+Images go from the sampler to the extractor in memory, and all metrics share one pass of features.
 """
 
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
+from lightning import Fabric
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
+from pdistill import curve, report
 from pdistill.batches import to_uint8
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser, write_json
 from pdistill.errors import UserError
-from pdistill.metrics import fid_name, generate, provenance
+from pdistill.feature_metrics import FrechetDistance, measures
+from pdistill.figures import REAL, cells, curves
+from pdistill.metrics import frechet_distance, generate, provenance, reference
 from pdistill.pictures import device_of, name_of
+from pdistill.pipelines import Pipeline, is_pipeline
 from pdistill.sampling import samplers
 
-KID_SUBSET = 1000
-PRC_IMAGES = 10_000  # of either side at most: precision and recall compare every pair
+
+@dataclass(frozen=True)
+class Contender:
+    """One row to measure; rows of one `label` are one curve."""
+
+    label: str
+    path: str
+    sampler: str
+    num_steps: int
 
 
 def evaluate(cfg: DictConfig) -> Path:
-    """Measures `cfg.denoiser` at `cfg.num_steps` with `cfg.samplers`; returns the JSON file of rows.
+    """Measures what `contenders` lists; returns the JSON file of rows.
 
     Rows that stand there with the same provenance are kept. Raises UserError before any work where the settings do
     not fit.
     """
-    if cfg.denoiser is None:
-        raise UserError("denoiser=<directory> is missing, e.g. denoiser=outputs/demo/steps-0004/denoiser")
-    denoiser = Denoiser.load(cfg.denoiser)
-    asked = cfg.num_steps or filter(None, [denoiser.num_steps])
-    steps = [asked] if isinstance(asked, int) else list(asked)
-    _check(cfg, denoiser, steps)
-    data = instantiate(cfg.dataset)
-    if data.image_shape != denoiser.image_shape:
-        raise UserError(
-            f"denoiser={cfg.denoiser} makes images of shape {denoiser.image_shape} and {data.name} holds "
-            f"{data.image_shape}: give the dataset that it was trained on"
-        )
-    device = device_of(cfg.device)
-    extractor = instantiate(cfg.metrics.extractor)(data).to(device)
-    if cfg.metrics.num_samples <= extractor.num_features:
-        print(
-            f"warning: {cfg.metrics.num_samples} samples for {extractor.num_features} features: the covariance is "
-            f"singular and FID far too high; the last line says how high for real images"
-        )
-    file = Path("outputs/evaluations") / f"{cfg.name or name_of(Path(cfg.denoiser))}.json"
+    rows_to_measure = contenders(cfg)
+    data = _reference_set(cfg)
+    models = {c.path: _load(c.path) for c in rows_to_measure}
+    for path, model in models.items():
+        if data.image_shape != model.image_shape:
+            raise UserError(
+                f"denoiser={path} makes images of shape {model.image_shape} and {data.name} holds "
+                f"{data.image_shape}: give the dataset that it was trained on"
+            )
+    fabric = Fabric(device_of(cfg.device).type, devices=cfg.devices, strategy="ddp" if cfg.devices != 1 else "auto")
+    fabric.launch()
+    evaluation = Evaluation(cfg, data, fabric)
+    file = Path("outputs/evaluations") / f"{cfg.name or _name(cfg)}.json"
     rows = json.loads(file.read_text()) if file.exists() else []
-    real = features_of(extractor, data.images.split(cfg.batch_size), device)
-    if not any(_same(row["provenance"], _of_real(cfg, extractor, data)) for row in rows):
-        rows.append(floor(real, extractor, data, cfg))
-    for sampler in cfg.samplers:
-        for num_steps in steps:
-            made_with = provenance(extractor, data, cfg.metrics.num_samples, cfg.seed, num_steps, sampler)
-            made_with |= {"denoiser": str(cfg.denoiser)}
-            if any(_same(row["provenance"], made_with) for row in rows):
-                continue
-            start = time.perf_counter()
-            options = {"batch_size": cfg.batch_size, "device": device, "sampler": sampler}
-            batches = generate(denoiser.to(device), range(cfg.metrics.num_samples), num_steps, cfg.seed, **options)
-            total = -(-cfg.metrics.num_samples // cfg.batch_size)
-            bar = tqdm(batches, f"{sampler}, {num_steps} steps", total, unit="batch", leave=False)
-            fake = features_of(extractor, map(to_uint8, bar), device)
-            row = measures(fake, real, extractor, cfg.bootstrap)
-            rows.append(row | {"provenance": made_with, "seconds": time.perf_counter() - start})
+    floor_made_with = evaluation.provenance_of_real()
+    for made_with, measure in [
+        (floor_made_with, evaluation.floor),
+        *((evaluation.provenance_of(c), lambda c=c: evaluation.figures(models[c.path], c)) for c in rows_to_measure),
+    ]:
+        if any(_same(row["provenance"], made_with) for row in rows):
+            continue
+        start = time.perf_counter()
+        row = measure()
+        rows.append(row | {"provenance": made_with, "seconds": time.perf_counter() - start})
+        if fabric.is_global_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, rows)
+    if fabric.is_global_zero:
+        _write_table_and_curve(file, rows)
+        if (Path(cfg.denoiser) / "summary.json").exists():
+            report.write([Path(cfg.denoiser)], Path(cfg.denoiser) / "report.html")
+    fabric.barrier()
     return file
 
 
-def _check(cfg: DictConfig, denoiser: Denoiser, steps: list) -> None:
+def contenders(cfg: DictConfig) -> list[Contender]:
+    """What is to be measured: a denoiser or a diffusers pipeline at `num_steps` by `samplers`; of a run directory each
+    student at its own step count and the teacher, as far as `baselines` goes, at all of these.
+
+    Raises UserError where that is nothing, or cannot be.
+    """
+    if cfg.denoiser is None:
+        raise UserError("denoiser=<directory> is missing, e.g. denoiser=outputs/demo/steps-0004/denoiser")
+    path = Path(cfg.denoiser)
+    students = sorted(path.glob("steps-*/denoiser"))
+    if students:
+        own_steps = [int(student.parent.name.removeprefix("steps-")) for student in students]
+        found = [Contender("distilled", str(p), "ddim", n) for p, n in zip(students, own_steps, strict=True)]
+        teacher, default = path / "teacher" / "denoiser", own_steps
+    else:
+        made_for = None if is_pipeline(path) else Denoiser.load(path).num_steps
+        default = [made_for] if made_for else []
+        found, teacher = [], path.parent.parent / "teacher" / "denoiser"
+    steps = [cfg.num_steps] if isinstance(cfg.num_steps, int) else list(cfg.num_steps or default)
     if not steps:
-        raise UserError(f"denoiser={cfg.denoiser} is a teacher, made for no step count of its own: give steps=[...]")
+        raise UserError(f"denoiser={cfg.denoiser} is made for no step count of its own: give steps=[...]")
     if not all(isinstance(n, int) and n > 0 for n in steps):
         raise UserError(f"steps={steps} must be whole numbers, at least 1, e.g. steps=[1,2,4,8]")
-    if unknown := set(cfg.samplers) - set(samplers()):
-        raise UserError(f"samplers={','.join(sorted(unknown))} must be among {', '.join(samplers())}")
-    if cfg.metrics.extractor is None:
-        raise UserError("metrics=none measures nothing: use metrics=classifier or metrics=inception")
+    chosen = {}
+    for key in ("samplers", "baselines"):
+        names = cfg[key] or []
+        chosen[key] = samplers() if names == "all" else [names] if isinstance(names, str) else list(names)
+        if unknown := set(chosen[key]) - set(samplers()):
+            raise UserError(f"{key}={','.join(sorted(unknown))} must be among {', '.join(samplers())}, or all")
+    if is_pipeline(path):
+        found += [Contender(f"{path.name}, own scheduler", str(path), "own", n) for n in steps]
+    elif not students:
+        own = "teacher" if path.parent.name == "teacher" else "denoiser"
+        found += [Contender(f"{own}, {name}", str(path), name, n) for name in chosen["samplers"] for n in steps]
+    if chosen["baselines"] and not teacher.exists():
+        raise UserError(f"baselines={cfg.baselines} are samplers of the teacher, and there is none at {teacher}")
+    found += [Contender(f"teacher, {name}", str(teacher), name, n) for name in chosen["baselines"] for n in steps]
+    return list(dict.fromkeys(found))
+
+
+class Evaluation:
+    """The extractor, what it says of the reference, and how samples are measured against that."""
+
+    def __init__(self, cfg: DictConfig, data: ImageSet, fabric: Fabric) -> None:
+        if cfg.metrics.extractor is None:
+            raise UserError("metrics=none measures nothing: use metrics=classifier or metrics=inception")
+        self.cfg, self.data, self.fabric = cfg, data, fabric
+        extractor: nn.Module = instantiate(cfg.metrics.extractor)(data)
+        self.extractor = extractor.to(fabric.device)
+        measured = reference(extractor, data, fabric.device)
+        self.real = measured["features"]
+        self.distance = frechet_distance(measured, fabric.device)
+        if fabric.is_global_zero and cfg.metrics.num_samples <= extractor.num_features:
+            print(
+                f"warning: {cfg.metrics.num_samples} samples for {extractor.num_features} features: the covariance is "
+                f"singular and FID far too high; the row of {REAL} says how high"
+            )
+
+    def provenance_of(self, contender: Contender) -> dict[str, object]:
+        cfg, c = self.cfg, contender
+        made_with = provenance(self.extractor, self.data, cfg.metrics.num_samples, cfg.seed, c.num_steps, c.sampler)
+        return made_with | {"denoiser": c.path, "label": c.label, "intervals": self._intervals}
+
+    def provenance_of_real(self) -> dict[str, object]:
+        size = min(self.cfg.metrics.num_samples, len(self.real) // 2)
+        made_with = provenance(self.extractor, self.data, size, self.cfg.seed, None, "two halves")
+        return made_with | {"denoiser": None, "label": REAL, "intervals": self._intervals}
+
+    @property
+    def _intervals(self) -> dict[str, object]:
+        return {"bootstrap": self.cfg.bootstrap, "extrapolate": self.cfg.extrapolate}
+
+    def figures(self, model: "Denoiser | Pipeline", contender: Contender) -> dict[str, float | None]:
+        """The metrics of samples, split over devices by index: the same samples in the same batches on any number."""
+        fabric, size, total = self.fabric, self.cfg.batch_size, self.cfg.metrics.num_samples
+        model.to(fabric.device)
+        starts = range(0, total, size)
+        options = {"device": fabric.device} | ({} if contender.sampler == "own" else {"sampler": contender.sampler})
+        make = (
+            model.generate if isinstance(model, Pipeline) else lambda *args, **kwargs: generate(model, *args, **kwargs)
+        )
+
+        def batches(rank: int) -> Iterator[Tensor]:
+            mine = starts[rank :: fabric.world_size]
+            title = f"{contender.label}, {contender.num_steps} steps"
+            for start in tqdm(mine, title, unit="batch", leave=False, disable=rank > 0):
+                indices = range(start, min(start + size, total))
+                yield from make(indices, contender.num_steps, self.cfg.seed, size, **options)
+
+        mine = [self._features(to_uint8(images)) for images in batches(fabric.global_rank)]
+        return self._measures(torch.cat(_interleaved(mine)), self.real, self.distance)
+
+    def floor(self) -> dict[str, float | None]:
+        """The metrics between two halves of the real images, at the number of samples, or as near as they get.
+
+        FID of finite samples is biased upwards: this much of it is not the sampler's fault.
+        """
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(self.cfg.seed))
+        size = self.provenance_of_real()["num_samples"]
+        half, other = self.real[order[:size]], self.real[order[size:]]
+        square = other.to(self.fabric.device, torch.float64)
+        return self._measures(half, other, FrechetDistance(square.mean(0), torch.cov(square.T)))
+
+    def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance) -> dict[str, float | None]:
+        """Under names that say the extractor: `fid` and `kid` are Inception's alone."""
+        device, name = self.fabric.device, self.extractor.name
+        with torch.inference_mode():
+            row = measures(
+                fake.to(device),
+                real.to(device),
+                distance,
+                self.extractor.logits,
+                self.cfg.bootstrap,
+                self.cfg.extrapolate,
+            )
+        suffix = "" if name == "inception" else f"_{name}"
+        shared = ("precision", "recall")
+        return {
+            k if k in shared else k.replace(k.split("_")[0], k.split("_")[0] + suffix, 1): v for k, v in row.items()
+        }
+
+    @torch.inference_mode()
+    def _features(self, images: Tensor) -> Tensor:
+        return self.extractor(images).float().cpu()
+
+
+def _interleaved(mine: list[Tensor]) -> list[Tensor]:
+    """Every rank's batches in the order of the samples, on every rank; ranks may have made none."""
+    if not torch.distributed.is_initialized():
+        return mine
+    everyones: list[list[Tensor]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyones, mine)
+    return [of_rank[i] for i in range(len(everyones[0])) for of_rank in everyones if i < len(of_rank)]
+
+
+def _load(path: str) -> "Denoiser | Pipeline":
+    return Pipeline.load(path) if is_pipeline(Path(path)) else Denoiser.load(path)
+
+
+def _reference_set(cfg: DictConfig) -> ImageSet:
+    """The dataset, or `num_reference` of its images, evenly spread."""
+    data: ImageSet = instantiate(cfg.dataset)
+    if cfg.num_reference is None:
+        return data
+    if not 2 <= cfg.num_reference <= len(data.images):
+        raise UserError(
+            f"num_reference={cfg.num_reference} must be 2 to {len(data.images)}, the images of {data.name}, or null "
+            f"for all of them"
+        )
+    index = torch.from_numpy(np.linspace(0, len(data.images) - 1, cfg.num_reference).round().astype(np.int64))
+    labels = None if data.labels is None else data.labels[index]
+    return ImageSet(f"{data.name}, {cfg.num_reference} images", data.images[index], labels, data.flips)
+
+
+def _name(cfg: DictConfig) -> str:
+    path = Path(cfg.denoiser)
+    return name_of(path) if path.name == "denoiser" else path.resolve().name
 
 
 def _same(ours: dict, theirs: dict) -> bool:
     return {k: v for k, v in ours.items() if k != "version"} == {k: v for k, v in theirs.items() if k != "version"}
 
 
-@torch.inference_mode()
-def features_of(extractor: nn.Module, batches, device: torch.device | str) -> Tensor:
-    """uint8 batches (B, C, H, W) -> float32 features (N, num_features) on the CPU."""
-    return torch.cat([extractor(images.to(device)).float().cpu() for images in batches])
-
-
-def fid(a: Tensor, b: Tensor) -> float:
-    """Between two sets of features, (N, num_features) and (M, num_features)."""
-    statistics = (fid_features_to_statistics(features.double()) for features in (a, b))
-    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-
-
-def measures(fake: Tensor, real: Tensor, extractor: nn.Module, bootstrap: int) -> dict[str, float]:
-    """The metrics of features `fake` against `real`; `<fid>_std` is FID's over resampled fakes.
-
-    Raises UserError where features are not finite, or all the same.
-    """
-    if not fake.isfinite().all() or (len(fake) > 1 and fake.std(0).max() == 0):
-        raise UserError("the samples are not finite or all alike: nothing to measure. Was the denoiser trained?")
-    name, size = fid_name(extractor), min(KID_SUBSET, len(fake), len(real))
-    random = torch.Generator().manual_seed(0)
-    again = [fid(fake[torch.randint(len(fake), (len(fake),), generator=random)], real) for _ in range(bootstrap)]
-    row = {name: fid(fake, real), f"{name}_std": float(np.std(again)) if bootstrap else None}
-    kid = kid_features_to_metric(fake, real, kid_subset_size=size, verbose=False)
-    suffix = name.removeprefix("fid")
-    row |= {f"kid{suffix}": kid["kernel_inception_distance_mean"]}
-    row |= {f"kid{suffix}_std": kid["kernel_inception_distance_std"]}
-    prc = prc_features_to_metric(fake[:PRC_IMAGES], real[:PRC_IMAGES], verbose=False)
-    row |= {k: float(prc[k]) for k in ("precision", "recall")}
-    if hasattr(extractor, "logits"):
-        with torch.inference_mode():
-            score = isc_features_to_metric(extractor.cpu().logits(fake))
-        row |= {f"is{suffix}": score["inception_score_mean"], f"is{suffix}_std": score["inception_score_std"]}
-    return row
-
-
-def _of_real(cfg: DictConfig, extractor: nn.Module, data: ImageSet) -> dict:
-    size = min(cfg.metrics.num_samples, len(data.images) // 2)
-    return provenance(extractor, data, size, cfg.seed, None, "real halves")
-
-
-def floor(real: Tensor, extractor: nn.Module, data: ImageSet, cfg: DictConfig) -> dict:
-    """What the metrics are between two halves of the real images, at the number of samples, or as near as they get.
-
-    FID of finite samples is biased upwards: this much of it is not the sampler's fault.
-    """
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(cfg.seed))
-    made_with = _of_real(cfg, extractor, data)
-    half, other = real[order[: made_with["num_samples"]]], real[order[made_with["num_samples"] :]]
-    return measures(half, other, extractor, cfg.bootstrap) | {"provenance": made_with, "seconds": None}
+def _write_table_and_curve(file: Path, rows: list[dict]) -> None:
+    headings, lines, notes = cells(rows)
+    table = ["| " + " | ".join(row) + " |" for row in (headings, ["---", *["---:"] * (len(headings) - 1)], *lines)]
+    file.with_suffix(".md").write_text("\n".join([*table, "", *notes]).rstrip() + "\n")
+    metric, found = curves(rows)
+    if any(len(points) > 1 for points in found.values()) or len(found) > 1:
+        curve.plot(found, metric, file.with_suffix(".png"))
 
 
 def show(file: Path) -> None:
     """Prints the rows of an evaluation as a table."""
-    rows = json.loads(file.read_text())
-    metrics = [k for k in rows[0] if k not in ("provenance", "seconds") and not k.endswith("_std")]
+    headings, lines, notes = cells(json.loads(file.read_text()))
     table = Table(title=file.stem)
-    for heading in ("sampler", "steps", "samples", *metrics):
-        table.add_column(heading, justify="left" if heading == "sampler" else "right")
-    for row in sorted(rows, key=lambda row: row["provenance"]["num_steps"] is None):
-        made_with = row["provenance"]
-        cells = [f"{row[m]:.4g}" + (f" ± {row[f'{m}_std']:.2g}" if row.get(f"{m}_std") else "") for m in metrics]
-        table.add_row(made_with["sampler"], str(made_with["num_steps"] or ""), str(made_with["num_samples"]), *cells)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for line in lines:
+        table.add_row(*line)
     console = Console()
     console.width = max(console.width, 110)
     console.print(table)
-    console.print(f"figures with their provenance: {file}", soft_wrap=True)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    console.print(f"figures with their provenance: {file} and .md", soft_wrap=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from pdistill.batches import to_float
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.metrics import generate
@@ -20,6 +21,19 @@ def save_grid(images: Tensor, path: Path, nrow: int = 8, tile: int = 48) -> None
     temporary = path.with_name(f".{path.name}")
     save_image(enlarged, temporary, nrow=nrow, normalize=True, value_range=(-1, 1), padding=2, pad_value=1.0)
     temporary.replace(path)
+
+
+@torch.inference_mode()
+def nearest_neighbours(samples: Tensor, images: Tensor, k: int = 3, chunk: int = 4096) -> Tensor:
+    """The `k` nearest of uint8 `images` (N, C, H, W) to samples (B, C, H, W) in [-1, 1]: (B, k, C, H, W) in [-1, 1].
+
+    By Euclidean distance of the pixels, nearest first.
+    """
+    distances = [
+        torch.cdist(samples.flatten(1), to_float(part.to(samples.device)).flatten(1)) for part in images.split(chunk)
+    ]
+    nearest = torch.cat(distances, 1).topk(min(k, len(images)), largest=False).indices.cpu()
+    return torch.stack([to_float(images[index]) for index in nearest]).to(samples.device)
 
 
 def draw(cfg: DictConfig) -> Path:

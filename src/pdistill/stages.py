@@ -19,9 +19,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from pdistill import curve, run
+from pdistill import curve, report, run
 from pdistill.batches import ImageDataModule
-from pdistill.callbacks import FID, ProgressBar, ResumableCheckpoint, TrainingLog
+from pdistill.callbacks import FID, Cost, ProgressBar, ResumableCheckpoint, TrainingLog
 from pdistill.checks import accumulated_batches, check_settings, check_stable, check_teacher
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser, write_json
@@ -30,14 +30,14 @@ from pdistill.errors import UserError
 from pdistill.logger import close, log_stage, log_summary
 from pdistill.metrics import generate, provenance
 from pdistill.network import set_dropout
-from pdistill.pictures import save_grid
+from pdistill.pictures import nearest_neighbours, save_grid
 from pdistill.randomness import sample_noise, seed_of
-from pdistill.report import comparison_sheet, write_report
 from pdistill.sampling import sample
-from pdistill.steps import stages
+from pdistill.steps import Stage, stages
 from pdistill.teacher import TeacherModule
 
 GRID_IMAGES = 64
+NEIGHBOURS_OF = 12  # samples
 
 warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that do not fit this use
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -86,7 +86,8 @@ def distill(cfg: DictConfig, directory: Path) -> None:
     """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
     check_settings(cfg)
     data = instantiate(cfg.dataset)
-    plan = stages(list(cfg.steps.plan), cfg.steps.updates, cfg.steps.updates_last_two)
+    updates = cfg.steps.updates, cfg.steps.updates_last_two
+    plan = stages(list(cfg.steps.plan), *updates, cfg.distillation.max_teacher_steps)
     template = new_denoiser(cfg, data)
     check_stable(cfg, template)
     given = Denoiser.load(cfg.teacher) if cfg.teacher else None
@@ -99,15 +100,17 @@ def distill(cfg: DictConfig, directory: Path) -> None:
         elif run.is_main_process() and not (teacher / "denoiser").exists():
             given.save(teacher / "denoiser", grid=cfg.steps.plan[0])
         rows = [_finish_stage(job, "teacher", cfg.steps.plan[0], updates=0 if given else cfg.training.updates)]
+        results = [teacher]
         for stage in plan:
-            _distill_stage(job, stage, teacher)
-            rows.append(_finish_stage(job, stage.name, stage.num_steps, stage.updates, parent=teacher.name))
-            teacher = directory / stage.name
+            _distill_stage(job, stage, start=results[-1], teacher=results[stage.teacher])
+            rows.append(_finish_stage(job, stage.name, stage.num_steps, stage.updates, parent=results[-1].name))
+            results.append(directory / stage.name)
         _measure_teacher(job)
         if run.is_main_process():
-            comparison_sheet(directory, rows)
+            report.comparison_sheet(directory, rows)
+            _draw_neighbours(job, results[-1], plan[-1].num_steps)
             log_summary(job.loggers, rows, directory / "comparison.png")
-            write_report(directory, rows)
+            report.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
 
 
@@ -182,12 +185,12 @@ def _optimization(cfg: DictConfig, section: DictConfig) -> dict:
     return alike | {"seed": cfg.seed, "label_dropout": cfg.label_dropout}
 
 
-def _distill_stage(job: Job, stage, parent: Path) -> None:
+def _distill_stage(job: Job, stage: Stage, start: Path, teacher: Path) -> None:
     directory, cfg = job.directory / stage.name, job.cfg.distillation
     if (directory / "denoiser").exists():
         return
     module = DistillationModule(
-        Denoiser.load(parent / "denoiser"),
+        Denoiser.load(teacher / "denoiser"),
         stage.num_steps,
         instantiate(job.cfg.weighting),
         **_optimization(job.cfg, cfg),
@@ -195,6 +198,7 @@ def _distill_stage(job: Job, stage, parent: Path) -> None:
         updates=stage.updates,
         teacher_steps=stage.teacher_steps,
         dropout=cfg.dropout,
+        start=Denoiser.load(start / "denoiser"),
     )
     _fit(job, module, directory, metric_prefix(stage.name), cfg.batch_size, stage.updates, stage.num_steps)
 
@@ -210,8 +214,8 @@ def _fit(
     """One Lightning fit, from the stage's checkpoint if there is one, to `directory`/denoiser."""
     directory.mkdir(exist_ok=True)
     checkpoint = directory / "last.ckpt"
-    log = TrainingLog(prefix, batch_size)
-    callbacks = [log, ResumableCheckpoint(checkpoint, job.cfg.checkpoint_every_n_updates, log)]
+    log, cost = TrainingLog(prefix, batch_size), Cost()
+    callbacks = [log, cost, ResumableCheckpoint(checkpoint, job.cfg.checkpoint_every_n_updates, log)]
     if job.fid is not None:
         job.fid.prefix, job.fid.num_steps = prefix, num_steps
         callbacks.append(job.fid)
@@ -224,6 +228,7 @@ def _fit(
         _check_readable(checkpoint)
     trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
     if trainer.is_global_zero:
+        write_json(directory / "cost.json", cost.spent | {"training_images": updates * batch_size})
         module.result.save(directory / "denoiser", grid=num_steps)
         checkpoint.unlink(missing_ok=True)
     trainer.strategy.barrier()
@@ -257,6 +262,8 @@ def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str
     if run.is_main_process():
         row["seconds_per_image"] = seconds_per_image(denoiser, num_steps, device)
         row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}
+        cost = directory / "cost.json"  # absent where the teacher was given
+        row |= json.loads(cost.read_text()) if cost.exists() else {}
         grid = generate(denoiser, range(GRID_IMAGES), num_steps, job.cfg.seed, device=device)
         save_grid(torch.cat(list(grid)).cpu(), directory / "samples.png")
         log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
@@ -264,6 +271,15 @@ def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return row
+
+
+def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
+    """neighbours.png: has the last student learnt images by heart?"""
+    device = job.trainer().strategy.root_device
+    denoiser = Denoiser.load(stage / "denoiser").to(device)
+    samples = torch.cat(list(generate(denoiser, range(NEIGHBOURS_OF), num_steps, job.cfg.seed, device=device)))
+    rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)
+    save_grid(rows.flatten(0, 1).cpu(), job.directory / "neighbours.png", nrow=NEIGHBOURS_OF)
 
 
 def seconds_per_image(denoiser: Denoiser, num_steps: int, device: torch.device, batch_size: int = 64) -> float:

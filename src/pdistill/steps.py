@@ -13,6 +13,7 @@ class Stage:
 
     index: int  # 1 for the first student; 0 is the teacher's own training
     num_steps: int
+    teacher: int  # index of the stage whose result teaches; the student starts from that of the stage before
     teacher_steps: int
     updates: int
 
@@ -21,11 +22,13 @@ class Stage:
         return f"steps-{self.num_steps:04d}"
 
 
-def stages(plan: Sequence[int], updates: int, updates_last_two: int) -> list[Stage]:
+def stages(plan: Sequence[int], updates: int, updates_last_two: int, max_teacher_steps: int = 2) -> list[Stage]:
     """The stages of a plan such as [1024, 512, ..., 1] or [1024, 32, 8, 1].
 
     The first entry is the step count at which the teacher is sampled. The paper trains the last two stages
-    twice as long: they get `updates_last_two`. Raises UserError unless each entry divides the one before.
+    twice as long: they get `updates_last_two`. A stage is taught by the stage before, or by the earliest whose steps
+    come to at most `max_teacher_steps` for one of the student's. Raises UserError unless each entry divides the one
+    before.
     """
     plan = list(plan)
     if len(plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in plan):
@@ -36,8 +39,9 @@ def stages(plan: Sequence[int], updates: int, updates_last_two: int) -> list[Sta
                 f"steps.plan={plan}: {after} does not divide {before}. Each step count must be a proper "
                 f"divisor of the one before, e.g. steps.plan=[1024,32,8,1]"
             )
-    last = len(plan) - 1
-    return [
-        Stage(i, plan[i], plan[i - 1] // plan[i], updates_last_two if i > last - 2 else updates)
-        for i in range(1, last + 1)
-    ]
+
+    def stage(i: int) -> Stage:
+        teacher = next(k for k in range(i) if k == i - 1 or plan[k] <= max_teacher_steps * plan[i])
+        return Stage(i, plan[i], teacher, plan[teacher] // plan[i], updates_last_two if i >= len(plan) - 2 else updates)
+
+    return [stage(i) for i in range(1, len(plan))]

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from pdistill import curve
 from pdistill.errors import UserError
+from pdistill.figures import comparable
 from pdistill.run import UNCOMPARED, flat
 
 # Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
@@ -32,10 +33,6 @@ PAPER_CIFAR10 = {
     ("v", "truncated_snr"): ("2.75", "2.45"),
     ("v", "snr_plus_one"): ("2.87", "2.49"),
 }
-
-
-# Parts of a figure's provenance that must be equal for two figures to be compared.
-MATTERS = ("extractor", "extractor_fingerprint", "reference_fingerprint", "num_samples", "clip", "precision")
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,7 @@ def collect(directories: list[str]) -> list[Job]:
 
 def differing(a: Job, b: Job) -> list[str]:
     """What makes figures of the one no comparison with those of the other, as "key theirs, there ours"."""
-    ours, theirs = a.provenance, b.provenance
-    return [f"{k} {theirs[k]}, there {ours[k]}" for k in MATTERS if ours and theirs and ours.get(k) != theirs.get(k)]
+    return comparable(a.provenance, b.provenance) if a.provenance and b.provenance else []
 
 
 def _row(job: Job) -> dict[str, object]:
