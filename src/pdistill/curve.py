@@ -84,7 +84,7 @@ def draw(curves: Curves, metric: str) -> Figure:
         steps = sorted(points)
         (line,) = axis.plot(steps, [statistics.mean(points[n]) for n in steps], marker=marker, ms=4, label=name)
         low, high = ([f(points[n]) for n in steps] for f in (min, max))
-        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, lw=0)
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     ticks = sorted({n for points in curves.values() for n in points})
@@ -92,7 +92,7 @@ def draw(curves: Curves, metric: str) -> Figure:
     axis.set_xlabel("network evaluations per image")
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    axis.legend(fontsize="small")
     return figure
 
 

@@ -4,6 +4,7 @@ Images go from the sampler to the extractor in memory, and all metrics share one
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def evaluate(cfg: DictConfig) -> Path:
                 f"denoiser={path} makes images of shape {model.image_shape} and {data.name} holds "
                 f"{data.image_shape}: give the dataset that it was trained on"
             )
-    fabric = Fabric(device_of(cfg.device).type, devices=cfg.devices, strategy="ddp" if cfg.devices != 1 else "auto")
+    strategy = "auto" if cfg.devices == 1 else "ddp"
+    fabric = Fabric(accelerator=device_of(cfg.device).type, devices=cfg.devices, strategy=strategy)
     fabric.launch()
     evaluation = Evaluation(cfg, data, fabric)
     file = Path("outputs/evaluations") / f"{cfg.name or _name(cfg)}.json"
@@ -160,17 +162,22 @@ class Evaluation:
         fabric, size, total = self.fabric, self.cfg.batch_size, self.cfg.metrics.num_samples
         model.to(fabric.device)
         starts = range(0, total, size)
-        options = {"device": fabric.device} | ({} if contender.sampler == "own" else {"sampler": contender.sampler})
-        make = (
-            model.generate if isinstance(model, Pipeline) else lambda *args, **kwargs: generate(model, *args, **kwargs)
-        )
 
         def batches(rank: int) -> Iterator[Tensor]:
             mine = starts[rank :: fabric.world_size]
             title = f"{contender.label}, {contender.num_steps} steps"
             for start in tqdm(mine, title, unit="batch", leave=False, disable=rank > 0):
-                indices = range(start, min(start + size, total))
-                yield from make(indices, contender.num_steps, self.cfg.seed, size, **options)
+                settings = (
+                    range(start, min(start + size, total)),
+                    contender.num_steps,
+                    self.cfg.seed,
+                    size,
+                    fabric.device,
+                )
+                if isinstance(model, Pipeline):
+                    yield from model.generate(*settings)
+                else:
+                    yield from generate(model, *settings, sampler=contender.sampler)
 
         mine = [self._features(to_uint8(images)) for images in batches(fabric.global_rank)]
         return self._measures(torch.cat(_interleaved(mine)), self.real, self.distance)
@@ -187,22 +194,14 @@ class Evaluation:
         return self._measures(half, other, FrechetDistance(square.mean(0), torch.cov(square.T)))
 
     def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance) -> dict[str, float | None]:
-        """Under names that say the extractor: `fid` and `kid` are Inception's alone."""
-        device, name = self.fabric.device, self.extractor.name
+        """Under names that say the extractor: `fid`, `kid` and `is` are Inception's alone."""
+        device, cfg = self.fabric.device, self.cfg
         with torch.inference_mode():
             row = measures(
-                fake.to(device),
-                real.to(device),
-                distance,
-                self.extractor.logits,
-                self.cfg.bootstrap,
-                self.cfg.extrapolate,
+                fake.to(device), real.to(device), distance, self.extractor.logits, cfg.bootstrap, cfg.extrapolate
             )
-        suffix = "" if name == "inception" else f"_{name}"
-        shared = ("precision", "recall")
-        return {
-            k if k in shared else k.replace(k.split("_")[0], k.split("_")[0] + suffix, 1): v for k, v in row.items()
-        }
+        suffix = "" if self.extractor.name == "inception" else f"_{self.extractor.name}"
+        return {re.sub("^(fid|kid|is)", rf"\1{suffix}", key): value for key, value in row.items()}
 
     @torch.inference_mode()
     def _features(self, images: Tensor) -> Tensor:
@@ -260,11 +259,11 @@ def show(file: Path) -> None:
     headings, lines, notes = cells(json.loads(file.read_text()))
     table = Table(title=file.stem)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)

@@ -27,8 +27,9 @@ class Pipeline:
     @classmethod
     def load(cls, path: str) -> "Pipeline":
         """Raises UserError for a directory that is damaged, and for pipelines that need more than noise."""
+        diffusers.utils.logging.disable_progress_bar()
         try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(path)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, low_cpu_mem_usage=False)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
             raise UserError(f"diffusers cannot load the pipeline {path} ({str(error).splitlines()[0]})") from error
         if not isinstance(getattr(pipeline, "unet", None), diffusers.UNet2DModel):
