@@ -76,6 +76,7 @@ def log_summary(loggers: list[Logger], rows: list[dict], comparison: Path) -> No
             columns = [k for k in rows[0] if k != "provenance"]
             table = wandb.Table(columns=columns, data=[[row[k] for k in columns] for row in rows])
             logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
+            logger.experiment.summary.update({"provenance": rows[0].get("provenance", {})})
 
 
 @rank_zero_only

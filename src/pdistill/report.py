@@ -148,7 +148,7 @@ def _together(directories: list[Path], runs: list[dict]) -> str | None:
         run["name"]: {row["num_steps"]: [row[key]] for row in of_run if row["stage"] != "teacher"}
         for run, of_run in zip(runs, rows, strict=True)
     }
-    return _svg(curve.draw(curves, key))
+    return _svg(curve.draw(curves, key)) if any(curves.values()) else None
 
 
 def _cost(rows: list[dict]) -> list[list[str]]:

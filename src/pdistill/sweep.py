@@ -1,19 +1,19 @@
 """Tables over runs, and, over seeds, curves with their spread: what a Hydra multirun ends with.
 
-`python -m pdistill.sweep outputs/a outputs/b ...` makes them of any finished runs.
+`python -m pdistill.sweep outputs/a outputs/b ...` makes them of any runs, and of a W&B project with
+`python -m pdistill.sweep wandb:<entity>/<project>`.
 """
 
 import csv
 import hashlib
-import json
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from pdistill import curve
+from pdistill import curve, report
 from pdistill.errors import UserError
 from pdistill.figures import comparable
 from pdistill.run import UNCOMPARED, flat
@@ -42,15 +42,20 @@ class Job:
     name: str
     choices: dict[str, str]
     error: str | None = None
+    elsewhere: list[dict] | None = None  # the rows of the stages of a run that is in no directory here
 
     @property
     def directory(self) -> Path:
         return Path("outputs") / self.name
 
     @property
+    def stages(self) -> list[dict]:
+        """The rows of the stages that are finished, teacher first."""
+        return report.rows_of(self.directory) if self.elsewhere is None else self.elsewhere
+
+    @property
     def provenance(self) -> dict:
-        path = self.directory / "teacher" / "metrics.json"
-        return json.loads(path.read_text()).get("provenance", {}) if path.exists() else {}
+        return self.stages[0].get("provenance", {}) if self.stages else {}
 
 
 def finish(jobs: list[Job]) -> None:
@@ -73,31 +78,38 @@ def finish(jobs: list[Job]) -> None:
     lines = _over_seeds(rows)
     (directory / "ablation.md").write_text("\n".join(lines) + "\n")
     print("\n" + "\n".join(lines) + f"\n\nsweep: {directory / 'ablation.md'} and .csv")
+    here = [job.directory for job in jobs if job.elsewhere is None and job.stages]
+    if here:
+        report.write(here, directory / "report.html")
+        print(f"report: {directory / 'report.html'}")
+    if {k for row in rows for k in row if row[k] != rows[0].get(k) and isinstance(row[k], str)} <= {"seed"} and here:
+        _draw_curves(here, directory)
     failed = [job for job in jobs if job.error]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}")
-    if {k for row in rows for k in row if row[k] != rows[0].get(k) and isinstance(row[k], str)} <= {"seed"}:
-        _draw_curves(jobs, directory)
 
 
-def collect(directories: list[str]) -> list[Job]:
-    """Finished runs as the jobs of a sweep, told apart by what their configurations differ in.
+def collect(sources: list[str]) -> list[Job]:
+    """Runs, finished or not, as the jobs of a sweep, told apart by what their configurations differ in.
 
-    Raises UserError for a directory that is no run under outputs/, and for figures that cannot be compared, with the
-    keys of their provenance that differ.
+    A source is a directory outputs/<name>, or wandb:<entity>/<project> for all runs of a W&B project. Raises UserError
+    for what is neither, and for figures that cannot be compared, with the keys of their provenance that differ.
     """
     from pdistill.parameterization import BY_NAME  # torch, which other users of this module need not wait for
 
+    if not sources:
+        raise UserError("give runs to collect: directories outputs/<name>, or wandb:<entity>/<project>")
     names = {cls.__name__: name for name, cls in BY_NAME.items()}
-    configs = {}
-    for directory in map(Path, directories):
-        if directory.parent != Path("outputs") or not (directory / "config.yaml").exists():
-            raise UserError(f"{directory} is no run: give directories outputs/<name> that hold a config.yaml")
-        configs[directory.name] = flat(OmegaConf.load(directory / "config.yaml"))
-    keys = {key for config in configs.values() for key in config}
-    keys = sorted(k for k in keys if len({config.get(k) for config in configs.values()}) > 1)
+    found = [
+        run
+        for source in sources
+        for run in (_of_wandb(source[6:]) if source.startswith("wandb:") else [_of_directory(Path(source))])
+    ]
+    configs = [flat(config) for _, config, _, _ in found]
+    keys = {key for config in configs for key in config}
+    keys = sorted(k for k in keys if len({config.get(k) for config in configs}) > 1)
     jobs = []
-    for name, config in configs.items():
+    for (name, _, stages, error), config in zip(found, configs, strict=True):
         groups = {
             "parameterization": "parameterization._target_",
             "weighting": "weighting.path",
@@ -105,14 +117,51 @@ def collect(directories: list[str]) -> list[Job]:
         }
         choices = {group: config[key].rpartition(".")[2] for group, key in groups.items()}
         choices["parameterization"] = names[choices["parameterization"]]
-        jobs.append(Job(name, choices | {k: config.get(k, "") for k in keys if k not in groups.values()}))
+        choices |= {k: config.get(k, "") for k in keys if k not in groups.values()}
+        jobs.append(Job(name, choices, error, stages))
     for job in jobs[1:]:
         if other := differing(jobs[0], job):
             raise UserError(
-                f"{job.directory} was measured otherwise than {jobs[0].directory} ({'; '.join(other)}): figures of "
+                f"{job.name} was measured otherwise than {jobs[0].name} ({'; '.join(other)}): figures of "
                 f"different provenance are no comparison; measure both alike"
             )
     return jobs
+
+
+Found = tuple[str, DictConfig, "list[dict] | None", str | None]  # name, configuration, stages' rows, error
+
+
+def _of_directory(directory: Path) -> Found:
+    if directory.parent != Path("outputs") or not (directory / "config.yaml").exists():
+        raise UserError(f"{directory} is no run: give directories outputs/<name> that hold a config.yaml")
+    config = OmegaConf.load(directory / "config.yaml")
+    result = "summary.json" if "distillation" in config else "teacher/metrics.json"
+    return directory.name, config, None, None if (directory / result).exists() else "not finished"
+
+
+def _of_wandb(project: str) -> list[Found]:
+    """The runs of a W&B project, their figures from their summaries. Raises UserError where there are none."""
+    import wandb
+
+    try:
+        runs = list(wandb.Api().runs(project))
+    except Exception as error:  # requests', wandb's and GraphQL's own, of many kinds
+        raise UserError(f"W&B does not give the runs of {project} ({str(error).splitlines()[0]})") from error
+    if not runs:
+        raise UserError(f"the W&B project {project} holds no runs")
+    found = []
+    for run in runs:
+        stages: dict[str, dict] = {}
+        for key, value in dict(run.summary).items():
+            prefix, _, name = key.partition("/")
+            if prefix == "teacher" or prefix.startswith("steps_"):
+                stages.setdefault(prefix.replace("_", "-"), {})[name] = value
+        rows = [{"stage": stage} | row for stage, row in sorted(stages.items(), reverse=True) if "num_steps" in row]
+        provenance = dict(run.summary).get("provenance")
+        rows = [row | {"provenance": dict(provenance)} if provenance else row for row in rows]
+        error = None if run.state == "finished" else run.state
+        found.append((run.name, OmegaConf.create(dict(run.config)), rows, error))
+    return found
 
 
 def differing(a: Job, b: Job) -> list[str]:
@@ -125,8 +174,7 @@ def _row(job: Job) -> dict[str, object]:
     row: dict[str, object] = {k: job.choices.get(k, "") for k in ("parameterization", "weighting")}
     silent = (*UNCOMPARED, "experiment", "dataset")
     row |= {k: v for k, v in job.choices.items() if k.split(".")[0] not in silent}
-    for metrics in sorted(job.directory.glob("*/metrics.json"), reverse=True):
-        stage = json.loads(metrics.read_text())
+    for stage in job.stages:
         column = "teacher" if stage["stage"] == "teacher" else str(stage["num_steps"])
         for key in (k for k in stage if k.startswith("fid")):
             row[f"{key} {column}"] = stage[key]
@@ -165,9 +213,9 @@ def _over_seeds(rows: list[dict[str, object]]) -> list[str]:
     return lines
 
 
-def _draw_curves(jobs: list[Job], directory: Path) -> None:
+def _draw_curves(runs: list[Path], directory: Path) -> None:
     """curve.png and curve.md of runs that differ in their seeds alone and have students."""
-    curves = curve.read(*(job.directory for job in jobs))
+    curves = curve.read(*runs)
     if curve.STUDENTS not in curves or not all(curves[curve.STUDENTS].values()):
         return
     lines = curve.table(curves)
