@@ -73,8 +73,8 @@ def log_summary(loggers: list[Logger], rows: list[dict], comparison: Path) -> No
         if isinstance(logger, WandbLogger):
             import wandb
 
-            columns = [k for k in rows[0] if k != "provenance"]
-            table = wandb.Table(columns=columns, data=[[row[k] for k in columns] for row in rows])
+            columns = [k for k in rows[-1] if k != "provenance"]
+            table = wandb.Table(columns=columns, data=[[row.get(k) for k in columns] for row in rows])
             logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
             logger.experiment.summary.update({"provenance": rows[0].get("provenance", {})})
 
