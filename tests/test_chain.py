@@ -85,6 +85,7 @@ def test_a_given_teacher_any_plan_and_a_student_ema(smoke, run, workplace):
         "experiment=smoke",
         f"teacher={smoke / 'teacher' / 'denoiser'}",
         "steps.plan=[24,6,2]",
+        "distillation.max_teacher_steps=12",
         "distillation.ema_decay=0.9",
         "logger=tensorboard",
         "metrics=none",

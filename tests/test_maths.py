@@ -13,6 +13,7 @@ from pdistill.distillation import distillation_target
 from pdistill.parameterization import Eps, V, X, XEps, broadcast, x_to_eps, x_to_v
 from pdistill.sampling import ddim_step, sample
 from pdistill.schedule import CosineSchedule, alpha_sigma
+from pdistill.steps import stages
 from pdistill.training import weighted_loss
 
 SHAPE = (3, 2, 4, 4)
@@ -167,6 +168,13 @@ def test_weightings_are_errors_in_other_quantities(tiny):
         torch.testing.assert_close(weighted_loss(weight, x, y, logsnr), value)
 
 
+def test_who_teaches_whom():
+    plan = [256, 32, 8, 4, 2, 1]
+    papers, further = stages(plan, 1, 1), stages(plan, 1, 1, max_teacher_steps=4)
+    assert [(s.teacher, s.teacher_steps) for s in papers] == [(0, 8), (1, 4), (2, 2), (3, 2), (4, 2)]
+    assert [(s.teacher, s.teacher_steps) for s in further] == [(0, 8), (1, 4), (2, 2), (2, 4), (3, 4)]
+
+
 @pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"sampler": "euler"}, {"variance": 1.5}, {"variance": "huge"}])
 def test_sampler_refuses(tiny, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -185,8 +193,10 @@ def test_schedulers_of_diffusers_solve_the_same_equation(name):
 
     counted.schedule = gaussian.schedule
     limit = sample(gaussian, z, 2048, clip=False)
-    error = {s: (sample(counted, z, 16, sampler=s, clip=False) - limit).abs().max() for s in ("ddim", name)}
-    assert error[name] < 0.5 * error["ddim"]
-    assert len(calls) == 32
+    # Heun's takes two evaluations a step but for the last, and begins with long steps.
+    evaluations, share, made = (64, 1.0, 63) if name == "heun" else (16, 0.5, 16)
+    error = {s: (sample(counted, z, evaluations, sampler=s, clip=False) - limit).abs().max() for s in ("ddim", name)}
+    assert error[name] < share * error["ddim"]
+    assert len(calls) == evaluations + made
     for num_steps in (1, 2, 3):
         assert sample(gaussian, z, num_steps, sampler=name).isfinite().all()
