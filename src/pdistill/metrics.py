@@ -66,7 +66,7 @@ def reference(extractor: nn.Module, data: ImageSet, device: torch.device | str =
                 sums.real_features_num_samples += len(features)
         return {k: getattr(sums, k).cpu().clone() for k in SUMS} | {"features": torch.cat(kept)[::every].clone()}
 
-    path = cache_directory() / f"reference-{data.fingerprint}-{extractor.name}-{extractor.fingerprint}.safetensors"
+    path = cache_directory() / f"reference-2-{data.fingerprint}-{extractor.name}-{extractor.fingerprint}.safetensors"
     return cached(path, measure)
 
 
