@@ -2,13 +2,15 @@
 
 import sys
 
-from pdistill import cli
+from pdistill import cli, run
 
 
 def main(cfg) -> None:
     from pdistill.evaluation import evaluate, show
 
-    show(evaluate(cfg))
+    file = evaluate(cfg)
+    if run.is_main_process():
+        show(file)
 
 
 if __name__ == "__main__":

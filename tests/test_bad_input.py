@@ -32,6 +32,8 @@ from PIL import Image
         ("distill.py", ["trainer.accelerator=abacus"], ["abacus"]),
         ("sample.py", [], ["denoiser=<directory> is missing"]),
         ("evaluate.py", [], ["denoiser=<directory> is missing"]),
+        ("evaluate.py", ["devices=0"], ["devices=0 must be a whole number, at least 1"]),
+        ("distill.py", ["teacher=outputs/a=b"], ["teacher=outputs/a=b", "needs quotes"]),
     ],
 )
 def test_one_line_and_nothing_written(run, workplace, script, overrides, words):

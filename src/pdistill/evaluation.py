@@ -8,13 +8,14 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning import Fabric
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ def evaluate(cfg: DictConfig) -> Path:
     Rows that stand there with the same provenance are kept. Raises UserError before any work where the settings do
     not fit.
     """
+    for key, least in {"batch_size": 1, "devices": 1, "bootstrap": 0, "metrics.num_samples": 2, "seed": 0}.items():
+        value = OmegaConf.select(cfg, key)
+        if cfg.metrics.extractor is not None and not (isinstance(value, int) and value >= least):
+            raise UserError(f"{key}={value} must be a whole number, at least {least}")
     rows_to_measure = contenders(cfg)
     data = _reference_set(cfg)
     models = {c.path: _load(c.path) for c in rows_to_measure}
@@ -61,14 +66,13 @@ def evaluate(cfg: DictConfig) -> Path:
     strategy = "auto" if cfg.devices == 1 else "ddp"
     fabric = Fabric(accelerator=device_of(cfg.device).type, devices=cfg.devices, strategy=strategy)
     fabric.launch()
-    evaluation = Evaluation(cfg, data, fabric)
     file = Path("outputs/evaluations") / f"{cfg.name or _name(cfg)}.json"
     rows = json.loads(file.read_text()) if file.exists() else []
-    floor_made_with = evaluation.provenance_of_real()
-    for made_with, measure in [
-        (floor_made_with, evaluation.floor),
-        *((evaluation.provenance_of(c), lambda c=c: evaluation.figures(models[c.path], c)) for c in rows_to_measure),
-    ]:
+    fabric.barrier()  # all have read it before one writes
+    evaluation = Evaluation(cfg, data, fabric)
+    tasks = [(evaluation.provenance_of_real(), evaluation.floor)]
+    tasks += [(evaluation.provenance_of(c), partial(evaluation.figures, models[c.path], c)) for c in rows_to_measure]
+    for made_with, measure in tasks:
         if any(_same(row["provenance"], made_with) for row in rows):
             continue
         start = time.perf_counter()
