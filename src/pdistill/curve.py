@@ -92,7 +92,7 @@ def draw(curves: Curves, metric: str) -> Figure:
     axis.set_xlabel("network evaluations per image")
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=min(3, len(curves)), fontsize="small", frameon=False)
     return figure
 
 
