@@ -7,8 +7,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from pdistill import extractors
 from pdistill.batches import to_float, to_uint8
 from pdistill.dataset import digits
 from pdistill.errors import UserError
@@ -123,6 +125,22 @@ def test_figures_of_different_provenance_carry_a_mark():
     assert comparable(*(row["provenance"] for row in rows)) == ["num_samples 50, there 100"]
     _, lines, notes = cells(rows)
     assert [line[0] for line in lines] == ["a", "b†"] and notes == ["† measured otherwise: num_samples 50, there 100"]
+
+
+def test_inception_is_torch_fidelitys(monkeypatch, tmp_path):
+    """With random weights, the published ones not being at hand; images enlarged as the literature does."""
+    torch.save({}, tmp_path / "weights.pth")
+    monkeypatch.setattr(extractors, "_check_digest", lambda file: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "weights.pth"))
+        ours = inception(digits(), str(tmp_path / "weights.pth"))
+    ours.network.load_state_dict(theirs.state_dict())
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images)[0])
+        assert ours(images[:, :1]).shape == (2, 2048) == (2, ours.num_features)
+        assert ours.logits(ours(images)).shape == (2, 1008)
 
 
 def test_damaged_inception_weights(tmp_path):
