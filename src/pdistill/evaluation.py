@@ -161,6 +161,7 @@ class Evaluation:
     def _intervals(self) -> dict[str, object]:
         return {"bootstrap": self.cfg.bootstrap, "extrapolate": self.cfg.extrapolate}
 
+    @torch.inference_mode()
     def figures(self, model: "Denoiser | Pipeline", contender: Contender) -> dict[str, float | None]:
         """The metrics of samples, split over devices by index: the same samples in the same batches on any number."""
         fabric, size, total = self.fabric, self.cfg.batch_size, self.cfg.metrics.num_samples
@@ -186,6 +187,7 @@ class Evaluation:
         mine = [self._features(to_uint8(images)) for images in batches(fabric.global_rank)]
         return self._measures(torch.cat(_interleaved(mine)), self.real, self.distance)
 
+    @torch.inference_mode()
     def floor(self) -> dict[str, float | None]:
         """The metrics between two halves of the real images, at the number of samples, or as near as they get.
 
@@ -200,14 +202,11 @@ class Evaluation:
     def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance) -> dict[str, float | None]:
         """Under names that say the extractor: `fid`, `kid` and `is` are Inception's alone."""
         device, cfg = self.fabric.device, self.cfg
-        with torch.inference_mode():
-            row = measures(
-                fake.to(device), real.to(device), distance, self.extractor.logits, cfg.bootstrap, cfg.extrapolate
-            )
+        logits, options = self.extractor.logits, (cfg.bootstrap, cfg.extrapolate)
+        row = measures(fake.to(device), real.to(device), distance, logits, *options)
         suffix = "" if self.extractor.name == "inception" else f"_{self.extractor.name}"
         return {re.sub("^(fid|kid|is)", rf"\1{suffix}", key): value for key, value in row.items()}
 
-    @torch.inference_mode()
     def _features(self, images: Tensor) -> Tensor:
         return self.extractor(images).float().cpu()
 
