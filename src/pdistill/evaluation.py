@@ -266,7 +266,7 @@ def show(file: Path) -> None:
     for line in lines:
         table.add_row(*line)
     console = Console()
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 140)
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)

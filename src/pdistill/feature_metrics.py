@@ -46,15 +46,17 @@ class FrechetDistance:
         draws = (torch.randint(n, (n,), generator=random) for _ in range(resamplings))
         return float(np.std([self(features, draw.bincount(minlength=n).to(features.device)) for draw in draws], ddof=1))
 
-    def extrapolated(self, features: Tensor) -> float:
+    def extrapolated(self, features: Tensor) -> tuple[float, float]:
         """FID-infinity (Chong & Forsyth, 2020): the line through FID against 1/N, at 1/N = 0.
 
-        Sample sizes from a tenth of N to N, each a random subset; wants num_features well below N / 10.
+        Sample sizes from a tenth of N to N, each a random subset; wants num_features well below N / 10. Also the
+        standard error of the fit.
         """
         random, n = torch.Generator().manual_seed(0), len(features)
         sizes = np.linspace(max(2, n // 10), n, EXTRAPOLATED_FROM).astype(int)
         subsets = (features[torch.randperm(n, generator=random)[:size]] for size in sizes)
-        return float(np.polyfit(1 / sizes, [self(subset) for subset in subsets], 1)[1])
+        (_, at_zero), covariance = np.polyfit(1 / sizes, [self(subset) for subset in subsets], 1, cov=True)
+        return float(at_zero), float(covariance[1, 1] ** 0.5)
 
 
 def kernel_distance(fake: Tensor, real: Tensor) -> tuple[float, float]:
@@ -76,7 +78,9 @@ def measures(
     bootstrap: int,
     extrapolate: bool = False,
 ) -> dict[str, float | None]:
-    """fid, kid, is, precision and recall of features `fake`; `*_std` are their spreads, FID's over resampled fakes.
+    """fid, kid, is, precision and recall of features `fake`.
+
+    `*_std` are their standard deviations: FID's over resampled fakes, KID's over subsets, the score's over tenths.
 
     `distance` is to all of the reference, of which `real` may be a part. `logits` maps features to the classifier's.
     Raises UserError where features are not finite, or all the same.
@@ -87,9 +91,12 @@ def measures(
         raise UserError("the samples are all alike: nothing to measure. Was the denoiser trained?")
     row = {"fid": distance(fake), "fid_std": distance.bootstrap_std(fake, bootstrap) if bootstrap > 1 else None}
     if extrapolate:
-        row["fid_infinity"] = distance.extrapolated(fake)
+        row["fid_infinity"], row["fid_infinity_std"] = distance.extrapolated(fake)
     row["kid"], row["kid_std"] = kernel_distance(fake, real)
     score = isc_features_to_metric(logits(fake))
     row |= {"is": score["inception_score_mean"], "is_std": score["inception_score_std"]}
     prc = prc_features_to_metric(fake[:PRC_IMAGES], real[:PRC_IMAGES], verbose=False)
-    return row | {k: float(prc[k]) for k in ("precision", "recall")}
+    for key, images in (("precision", fake), ("recall", real)):  # shares of these images, so binomial
+        share, n = float(prc[key]), min(len(images), PRC_IMAGES)
+        row |= {key: share, f"{key}_std": (share * (1 - share) / n) ** 0.5}
+    return row
