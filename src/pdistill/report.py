@@ -86,16 +86,17 @@ def title(row: dict, separator: str = ", ") -> str:
 
 def rows_of(directory: Path) -> list[dict]:
     """The rows of the stages that are finished, teacher first."""
-    return [json.loads(path.read_text()) for path in sorted(directory.glob("*/metrics.json"), reverse=True)]
+    rows = [json.loads(path.read_text()) for path in directory.glob("*/metrics.json")]
+    return sorted(rows, key=lambda row: (row["stage"] != "teacher", -row["num_steps"]))
 
 
 def write(directories: list[Path], file: Path) -> None:
     """A page on finished runs, which needs no other file and no network."""
     runs = [_of_run(directory) for directory in directories]
     environment = Environment(loader=PackageLoader("pdistill", "."), autoescape=select_autoescape(default=True))
-    page = environment.get_template("report.html.jinja").render(
-        name=" and ".join(run["name"] for run in runs), runs=runs, together=_together(directories, runs)
-    )
+    name = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
+    template = environment.get_template("report.html.jinja")
+    page = template.render(name=name, runs=runs, together=_together(directories, runs))
     temporary = file.with_name(file.name + ".partial")
     temporary.write_text(page)
     temporary.replace(file)
