@@ -1,6 +1,7 @@
 """Lightning callbacks: what is logged, when training is kept or stopped, and FID while it runs."""
 
 import signal
+import sys
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -247,7 +248,7 @@ class ProgressBar(TQDMProgressBar):
     """One bar per stage that counts its updates, resumed ones included."""
 
     def __init__(self, description: str) -> None:
-        super().__init__()
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 20)  # a log keeps every refresh
         self.description = description
 
     @property
