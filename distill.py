@@ -8,7 +8,7 @@ def main(cfg) -> None:
     if finished:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
-        from pdistill.stages import distill  # torch and its company: seconds that a finished run need not wait
+        from pdistill.commands.stages import distill  # torch and its company: seconds that a finished run need not wait
 
         distill(cfg, directory)
     if run.is_main_process():

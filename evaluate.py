@@ -6,7 +6,7 @@ from pdistill import cli, run
 
 
 def main(cfg) -> None:
-    from pdistill.evaluation import evaluate, show
+    from pdistill.commands.evaluate import evaluate, show
 
     file = evaluate(cfg)
     if run.is_main_process():

@@ -4,7 +4,7 @@ from pdistill import cli
 
 
 def main(cfg) -> None:
-    from pdistill.pictures import draw
+    from pdistill.report.grids import draw
 
     print(f"wrote {draw(cfg)}")
 

@@ -8,7 +8,7 @@ def main(cfg) -> None:
     if finished:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
-        from pdistill.stages import train
+        from pdistill.commands.stages import train
 
         train(cfg, directory)
     if run.is_main_process():

@@ -5,10 +5,10 @@ import pytest
 import scipy.linalg
 import torch
 
-from pdistill.batches import to_float, to_uint8
+from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.dataset import ImageSet, digits
-from pdistill.extractors import train_classifier
-from pdistill.metrics import fid_metric, measure_fid
+from pdistill.metrics.extractors import train_classifier
+from pdistill.metrics.reference import fid_metric, measure_fid
 
 
 def test_a_stream_resumed_at_a_step_is_the_stream():

@@ -7,10 +7,10 @@ import sys
 SCRIPT = """
 import hashlib, sys, torch
 from lightning import Trainer
-from pdistill.batches import ImageDataModule
+from pdistill.dataset.batches import ImageDataModule
 from pdistill.dataset import digits
 from pdistill.denoiser import Denoiser
-from pdistill.distillation import DistillationModule
+from pdistill.training.distillation import DistillationModule
 from pdistill.network import unet
 from pdistill.parameterization import V
 from pdistill.schedule import CosineSchedule

@@ -10,11 +10,11 @@ import torch
 
 from pdistill import weighting
 from pdistill.denoiser import Denoiser
-from pdistill.distillation import distillation_target
+from pdistill.training.distillation import distillation_target
 from pdistill.parameterization import BY_NAME, broadcast, x_to_eps, x_to_v
 from pdistill.sampling import sample
 from pdistill.schedule import CosineSchedule, alpha_sigma
-from pdistill.training import weighted_loss
+from pdistill.training.module import weighted_loss
 
 with np.load(Path(__file__).parent / "data" / "diffusion.npz") as file:
     GOLDEN = {k: torch.from_numpy(file[k]) for k in file.files}

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdistill import weighting
-from pdistill.baselines import SCHEDULERS
-from pdistill.distillation import distillation_target
+from pdistill.interop.schedulers import SCHEDULERS
+from pdistill.training.distillation import distillation_target
 from pdistill.parameterization import Eps, V, X, XEps, broadcast, x_to_eps, x_to_v
 from pdistill.sampling import ddim_step, sample
 from pdistill.schedule import CosineSchedule, alpha_sigma
 from pdistill.steps import stages
-from pdistill.training import weighted_loss
+from pdistill.training.module import weighted_loss
 
 SHAPE = (3, 2, 4, 4)
 times = st.floats(0.02, 0.98)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pdistill import official
 from pdistill.denoiser import Denoiser, timestep_of
 from pdistill.errors import UserError
-from pdistill.official import infer_architecture, load_official_checkpoint
+from pdistill.interop.flax import infer_architecture, load_official_checkpoint
 from pdistill.sampling import sample
 
 DATA = Path(__file__).parent / "data"

@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pdistill.checks import accumulated_batches
+from pdistill.commands.checks import accumulated_batches
 from pdistill.errors import UserError
 from pdistill.steps import stages
-from pdistill.sweep import PAPER_CIFAR10
+from pdistill.commands.sweep import PAPER_CIFAR10
 
 CONF = Path(__file__).parent.parent / "conf"
 COMMON = {

@@ -1,13 +1,19 @@
-"""What a user did wrong, told in one line; the command-line entry points print it without a trace."""
+"""What a user did wrong, told in one line; the command line prints it without a trace."""
 
 
 class UserError(Exception):
-    """A mistake in the input. The message says what was wrong, what was expected and how to mend it."""
+    """A mistake in the input. The message says what was wrong, what was expected and how to fix it."""
 
     exit_code = 2
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has kept what it had. No `except Exception` is to eat it."""
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has kept what it had. Not for `except Exception` to catch."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The error in one line: its text's first line, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return (lines[0][:limit] if lines else "") or type(error).__name__

@@ -1,13 +1,18 @@
-"""The paper's UNet, as a configured diffusers UNet2DModel."""
+"""The paper's UNet, as a configured diffusers UNet2DModel; what a Denoiser asks of this and of any other network."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
+from torch import Tensor, nn
 
+from pdistill import registry
 from pdistill.errors import UserError
+from pdistill.sampling import Condition
 
 
 def unet(
@@ -75,3 +80,86 @@ def set_dropout(network: nn.Module, p: float) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
+
+
+def call(network: nn.Module, z: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
+    """The network's output (B, C', H, W) for its input z (B, C, H, W) at timestep (B,).
+
+    A network is called `network(z, timestep)`; labels are passed as `class_labels`, the tensors of a dict by their names
+    (`label` as `class_labels`). It returns a tensor, or, as diffusers' do, an object with `.sample`.
+    """
+    given = {"label": condition} if isinstance(condition, Tensor) else dict(condition or {})
+    keywords = {"class_labels" if name == "label" else name: value for name, value in given.items()}
+    output = network(z, timestep, **keywords)
+    return output if isinstance(output, Tensor) else output.sample
+
+
+def build(part: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
+    """`part(**arguments)`, leaving out those that it does not take, and remembering them for storage.
+
+    `part` is a registered network, a `functools.partial` of one included. The project asks it with `image_size`,
+    `image_channels`, `out_channels` and `num_classes`.
+    """
+    builder = part
+    while isinstance(builder, partial):
+        arguments = builder.keywords | arguments
+        builder = builder.func
+    taken = inspect.signature(builder).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        arguments = {name: value for name, value in arguments.items() if name in taken}
+    network = builder(**arguments)
+    if not isinstance(network, UNet2DModel):
+        network.built_with = {"name": registry.name_of("network", builder), "arguments": arguments}
+    return network
+
+
+def description(network: nn.Module) -> dict[str, Any]:
+    """What makes the network again: its name in the registry and the arguments. Of a UNet2DModel, its configuration.
+
+    Raises UserError for a network that is not registered, or whose arguments nobody knows.
+    """
+    if isinstance(network, UNet2DModel):
+        config = {k: v for k, v in network.config.items() if not k.startswith("_")}
+        return {"name": "unet", "arguments": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
+    made = getattr(network, "built_with", {"name": registry.name_of("network", type(network)), "arguments": {}})
+    cls = type(network).__qualname__
+    if made["name"] is None:
+        raise UserError(
+            f"the network {cls} is not registered, and a directory could not name it: call "
+            f'pdistill.register("network", "<name>", {cls}), on the command line in a module of imports=[...]'
+        )
+    if not hasattr(network, "built_with"):
+        required = [
+            name
+            for name, p in inspect.signature(type(network)).parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if required:
+            raise UserError(
+                f"the network {cls} was made with arguments that nobody wrote down ({', '.join(required)}): make it by "
+                f"pdistill.network.build({cls}, {required[0]}=...), so that a directory can hold them"
+            )
+    return made
+
+
+def rebuild(made: Mapping[str, Any]) -> nn.Module:
+    """The network, with fresh weights, that `description` describes. Raises UserError for a name that is not known."""
+    return build(registry.find("network", made["name"]), **made["arguments"])
+
+
+def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of a UNet2DModel's images. Raises UserError for another network, which does not tell."""
+    if not isinstance(network, UNet2DModel):
+        raise UserError(
+            f"a {type(network).__name__} does not tell the shape of its images: give Denoiser(..., image_shape=(C, H, W))"
+        )
+    size = network.config["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return network.config["in_channels"], height, width
+
+
+def num_class_embeds(network: nn.Module) -> int | None:
+    """How many labels a network embeds, the null label included; None if it takes none."""
+    if isinstance(network, UNet2DModel):
+        return network.config["num_class_embeds"]
+    return getattr(network, "built_with", {"arguments": {}})["arguments"].get("num_classes")

@@ -1,18 +1,27 @@
 """Samplers: functions of (denoiser, noise, number of steps)."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pdistill import registry
+from pdistill.errors import UserError
 from pdistill.parameterization import broadcast
-from pdistill.schedule import alpha_sigma, logsnr_on_grid
+from pdistill.randomness import sample_noise
+from pdistill.schedule import AlphaSigma, Schedule, logsnr_on_grid, variance_preserving
 
 Variance = Literal["large", "small"] | float
+Condition = Tensor | dict[str, Tensor] | None  # labels (B,), or tensors whose first dimension is B
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (z, t (B,)) -> x_hat, clipped and guided as was asked for
+Callback = Callable[[int, Tensor, Tensor], None]  # (i, z, x_hat) at t = i / num_steps
 
 
-def ddim_step(z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) -> Tensor:
+def ddim_step(
+    z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, alpha_sigma: AlphaSigma = variance_preserving
+) -> Tensor:
     """z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat) (paper, Section 2).
 
     Images (B, C, H, W), logsnr (B,). At logsnr_s = inf the result is x_hat.
@@ -23,15 +32,53 @@ def ddim_step(z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) ->
     return broadcast(ratio, z_t) * z_t + broadcast(alpha_s - ratio * alpha_t, z_t) * x_hat
 
 
-def ancestral_step(
-    z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, noise: Tensor, variance: Variance = "large"
-) -> Tensor:
-    """A draw from the posterior q(z_s | z_t, x = x_hat), with a variance between its two bounds.
+@dataclass(frozen=True)
+class Options:
+    """What a sampler may ask for beside the denoiser, the noise and the number of steps."""
+
+    step_noise: Callable[[int], Tensor] | None = None
+    """Noise (B, C, H, W) for the step from t = (i + 1)/N to i/N."""
+    variance: Variance = "large"
+    """Of the ancestral sampler."""
+    callback: Callback = field(default=lambda i, z, x_hat: None)
+    """Is shown (i, z, x_hat) at every t = i/N, i = N, ..., 1."""
+
+
+def ddim(denoise: Denoise, schedule: Schedule, z: Tensor, num_steps: int, options: Options) -> Tensor:
+    """The deterministic sampler of the paper: t = 1, 1 - 1/N, ..., 1/N; the last step returns x_hat."""
+    x_hat = z
+    for i, t, logsnr_t, logsnr_s in _grid(schedule, z, num_steps):
+        x_hat = denoise(z, t)
+        options.callback(i, z, x_hat)
+        if i > 1:
+            z = ddim_step(z, x_hat, logsnr_t, logsnr_s, schedule.alpha_sigma)
+    return x_hat
+
+
+def ancestral(denoise: Denoise, schedule: Schedule, z: Tensor, num_steps: int, options: Options) -> Tensor:
+    """The stochastic sampler of the paper, with `options.variance` between its two bounds."""
+    x_hat = z
+    for i, t, logsnr_t, logsnr_s in _grid(schedule, z, num_steps):
+        x_hat = denoise(z, t)
+        options.callback(i, z, x_hat)
+        if i == 1:
+            break
+        noise = torch.randn_like(z) if options.step_noise is None else options.step_noise(i - 1)
+        mean, std = posterior(z, x_hat, schedule.alpha_sigma, (logsnr_t, logsnr_s), options.variance)
+        z = mean + std * noise
+    return x_hat
+
+
+def posterior(
+    z_t: Tensor, x_hat: Tensor, alpha_sigma: AlphaSigma, logsnrs: tuple[Tensor, Tensor], variance: Variance = "large"
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of q(z_s | z_t, x = x_hat), with a variance between its two bounds.
 
     With r = SNR_t / SNR_s: mean = (alpha_t sigma_s^2) / (alpha_s sigma_t^2) z_t + (1 - r) alpha_s x_hat;
     variance "large" = (1 - r) sigma_t^2, "small" = (1 - r) sigma_s^2, a fraction f in [0, 1] =
-    large^f small^(1 - f). Paper, Section 2; needs logsnr_s < inf.
+    large^f small^(1 - f). Paper, Section 2; `logsnrs` are those of t and s, the latter finite.
     """
+    logsnr_t, logsnr_s = logsnrs
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
     one_minus_r = -torch.expm1(logsnr_t - logsnr_s)
@@ -39,41 +86,48 @@ def ancestral_step(
         broadcast(alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), z_t) * z_t
         + broadcast(one_minus_r * alpha_s, z_t) * x_hat
     )
-    large = {"large": 1.0, "small": 0.0}.get(variance, variance)
-    std = one_minus_r.sqrt() * sigma_t**large * sigma_s ** (1 - large)
-    return mean + broadcast(std, z_t) * noise
+    large = float({"large": 1.0, "small": 0.0}.get(variance, variance))  # type: ignore[call-overload]
+    return mean, broadcast(one_minus_r.sqrt() * sigma_t**large * sigma_s ** (1 - large), z_t)
+
+
+def _grid(schedule: Schedule, z: Tensor, num_steps: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(i, t (B,), logsnr_t (1,), logsnr_s (1,)) of every step; known beforehand, so that no step waits for them."""
+    grid = torch.arange(num_steps + 1, device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
+    logsnr = logsnr_on_grid(schedule, grid, num_steps)[:, None]
+    for i in range(num_steps, 0, -1):
+        yield i, (grid[i] / num_steps).expand(len(z)), logsnr[i], logsnr[i - 1]
 
 
 def samplers() -> list[str]:
     """What `sample` takes for `sampler`."""
-    from pdistill.baselines import SCHEDULERS  # diffusers: half a second
-
-    return ["ddim", "ancestral", *SCHEDULERS]
+    return registry.names("sampler")
 
 
 def sample(
-    denoiser: Callable[..., Tensor],
+    denoiser: Any,
     noise: Tensor,
     num_steps: int,
-    label: Tensor | None = None,
+    condition: Condition = None,
     sampler: str = "ddim",
     clip: bool = True,
+    *,
     guidance: float = 1.0,
     variance: Variance = "large",
     step_noise: Sequence[Tensor] | Callable[[int], Tensor] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Images (B, C, H, W) from noise of that shape in `num_steps` evaluations, t = 1, 1 - 1/N, ..., 1/N.
+    """Images (B, C, H, W) from unit noise of that shape in `num_steps` evaluations, t = 1, 1 - 1/N, ..., 1/N.
 
-    `sampler` is ddim, ancestral or one of diffusers' by its name in `baselines.SCHEDULERS`. The last step returns
-    x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does. The ancestral sampler takes its noise in the step
-    from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or `step_noise(i)`; by default it is drawn from
-    torch's global generator.
+    `sampler` is a name that `samplers()` lists: ddim, ancestral, one of diffusers' solvers, or a registered one. The last
+    step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does. The ancestral sampler takes its noise in
+    the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or `step_noise(i)`; by default it is drawn
+    from torch's global generator. `callback(i, z, x_hat)` sees every step.
 
-    `guidance` other than 1 takes x = x_none + guidance (x_label - x_none), x_none being the prediction without a
-    label, at two evaluations a step (classifier-free guidance, Ho & Salimans, 2022; the same in x as in eps).
+    `guidance` other than 1 takes x = x_none + guidance (x_condition - x_none), x_none being the prediction under the null
+    condition, at two evaluations a step (classifier-free guidance, Ho & Salimans, 2022; the same in x as in eps).
 
     Raises ValueError for a step count below 1, an unknown sampler, a variance out of range, a class-conditional
-    denoiser without labels, or guidance of one that has no null label.
+    denoiser without labels, or guidance of one that has no null condition.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
@@ -82,39 +136,69 @@ def sample(
     if variance not in ("large", "small") and not (isinstance(variance, int | float) and 0 <= variance <= 1):
         raise ValueError(f"variance must be 'large', 'small' or a fraction in [0, 1], not {variance!r}")
     num_classes = getattr(denoiser, "num_classes", None)
-    if label is None and num_classes is not None:
+    if condition is None and num_classes is not None:
         raise ValueError(f"this denoiser is class-conditional: give it labels (B,) of 0 to {num_classes - 1}")
-    null = None
+    null: Condition = None
     if guidance != 1:
-        if getattr(denoiser, "null_label", None) is None:
+        if condition is None or getattr(denoiser, "null_label", None) is None:
             raise ValueError(f"guidance={guidance} needs a class-conditional denoiser trained with label_dropout")
-        null = torch.full((len(noise),), denoiser.null_label, device=noise.device)
-    if step_noise is None:
-        step_noise = lambda i: torch.randn_like(noise)  # noqa: E731
-    elif not callable(step_noise):
-        step_noise = step_noise.__getitem__
+        null = denoiser.null_condition(condition)
 
-    def x_hat_of(z: Tensor, t: Tensor) -> Tensor:
-        x_hat = denoiser(z, t, label)
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        x_hat = denoiser(z, t, condition)
         if null is not None:
             x_hat = torch.lerp(denoiser(z, t, null), x_hat, guidance)
         return x_hat.clamp(-1, 1) if clip else x_hat
 
+    options = {"variance": variance} | ({} if callback is None else {"callback": callback})
+    if step_noise is not None:
+        options["step_noise"] = step_noise if callable(step_noise) else step_noise.__getitem__
     with torch.inference_mode():
-        if sampler not in ("ddim", "ancestral"):
-            from pdistill.baselines import integrate
+        z = noise * denoiser.schedule.noise_scale
+        images = registry.find("sampler", sampler)(denoise, denoiser.schedule, z, num_steps, Options(**options))
+    return images.clone()  # an ordinary tensor, which autograd may use
 
-            return integrate(x_hat_of, denoiser.schedule, noise, sampler, num_steps).clone()
-        # The grid is known beforehand: (N + 1, 1), so that a row broadcasts over the batch.
-        grid = torch.arange(num_steps + 1, device=noise.device, dtype=torch.promote_types(noise.dtype, torch.float32))
-        logsnr = logsnr_on_grid(denoiser.schedule, grid, num_steps)[:, None]
-        z = noise
-        for i in range(num_steps, 0, -1):
-            x_hat = x_hat_of(z, (grid[i] / num_steps).expand(len(z)))
-            if i == 1:
-                break
-            if sampler == "ddim":
-                z = ddim_step(z, x_hat, logsnr[i], logsnr[i - 1])
-            else:
-                z = ancestral_step(z, x_hat, logsnr[i], logsnr[i - 1], step_noise(i - 1), variance)
-    return x_hat.clone()  # an ordinary tensor, which autograd may use
+
+@dataclass(frozen=True)
+class Draw:
+    """How images are drawn by `generate`: the noise of image i depends on (seed, i) alone."""
+
+    num_steps: int
+    seed: int = 0
+    batch_size: int = 250
+    sampler: str = "ddim"
+    clip: bool = True
+    guidance: float = 1.0
+    variance: Variance = "large"
+    labels: Sequence[int] | None = None
+    """Image i is of class labels[i % len(labels)]; by default all classes take turns, so that they are balanced."""
+
+    def options(self) -> dict[str, Any]:
+        """What `sample` takes beside the noise and the condition."""
+        keys = ("num_steps", "sampler", "clip", "guidance", "variance")
+        return {key: getattr(self, key) for key in keys}
+
+
+def generate(denoiser: Any, indices: Sequence[int], draw: Draw, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """Batches of samples (B, C, H, W) in [-1, 1], image i from noise that depends on (seed, i) alone.
+
+    Raises UserError for samples that are not finite.
+    """
+    shape, labels = denoiser.image_shape, draw.labels
+    if labels is None and denoiser.num_classes is not None:
+        labels = range(denoiser.num_classes)
+    for start in range(0, len(indices), draw.batch_size):
+        batch = indices[start : start + draw.batch_size]
+        noise = sample_noise(draw.seed, batch, shape).to(device)
+        label = None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)
+
+        def step_noise(i: int, batch: Sequence[int] = batch) -> Tensor:
+            return sample_noise(draw.seed, batch, shape, draw=i).to(device)
+
+        images = sample(denoiser, noise, condition=label, step_noise=step_noise, **draw.options())
+        if not images.isfinite().all():
+            raise UserError(
+                f"samples of {draw.num_steps} steps by {draw.sampler} are not finite (NaN or infinite): the denoiser's "
+                f"weights are not, or this sampler diverges here; train it again, or use sampler=ddim"
+            )
+        yield images

@@ -1,22 +1,81 @@
-"""Noise schedules: the log signal-to-noise ratio as a function of time.
+"""Noise processes and schedules: how much signal is left at time t.
 
-z_t = alpha_t x + sigma_t eps with alpha_t^2 + sigma_t^2 = 1 and logsnr_t = log(alpha_t^2 / sigma_t^2).
-t = 0 is data, t = 1 is noise.
+z_t = alpha_t x + sigma_t eps, with logsnr_t = log(alpha_t^2 / sigma_t^2); t = 0 is data, t = 1 is noise. A schedule gives
+logsnr(t); its process says what alpha and sigma are at a log-SNR:
+
+    variance preserving   alpha = sqrt sigmoid(logsnr)   sigma = sqrt sigmoid(-logsnr)     alpha^2 + sigma^2 = 1
+    flow matching         alpha = sigmoid(logsnr / 2)    sigma = sigmoid(-logsnr / 2)      alpha + sigma = 1
+    variance exploding    alpha = 1                      sigma = exp(-logsnr / 2)
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+AlphaSigma = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def variance_preserving(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) = sqrt sigmoid(+-logsnr), exact at +-inf."""
+    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+
+def flow_matching(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) = sigmoid(+-logsnr / 2), exact at +-inf: z = (1 - u) x + u eps with u = sigma."""
+    return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
+
+
+def variance_exploding(logsnr: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) = (1, exp(-logsnr / 2))."""
+    return torch.ones_like(logsnr), torch.exp(-logsnr / 2)
+
+
+class Schedule:
+    """What every schedule has; a subclass gives `__call__(t) -> logsnr`, and `alpha_sigma` if it is another process.
+
+    A dataclass's fields are its `state`, from which storage builds it again: `type(schedule)(**schedule.state())`.
+    """
+
+    noise_scale: float = 1.0  # z_1 = noise_scale x unit noise
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t in [0, 1], any shape -> logsnr of that shape, falling."""
+        raise NotImplementedError
+
+    def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at a log-SNR, of its shape."""
+        return variance_preserving(logsnr)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network sees of time: 1000 atan(sigma / alpha) 2 / pi, in [0, 1000], under every process."""
+        return timestep_of(self(t))
+
+    def training_time(self, u: Tensor) -> Tensor:
+        """Uniform u in [0, 1] -> the times that a teacher trains on, of that shape."""
+        return u
+
+    def state(self) -> dict[str, object]:
+        """The arguments that make this schedule again."""
+        if dataclasses.is_dataclass(self):
+            return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dict(vars(self))
+
+
+def timestep_of(logsnr: Tensor) -> Tensor:
+    """1000 atan(sigma / alpha) 2 / pi, with sigma / alpha = exp(-logsnr / 2): in [0, 1000], finite everywhere."""
+    return 1000 * torch.atan(torch.exp(-0.5 * logsnr)) / (0.5 * math.pi)
+
 
 @dataclass(frozen=True)
-class CosineSchedule:
+class CosineSchedule(Schedule):
     """logsnr(t) = -2 log tan(a t + b), with a and b such that it runs from logsnr_max to logsnr_min.
 
     Both ends are exact in floating point: `logsnr_min=-inf` gives zero terminal SNR, not nearly zero.
-    Paper, Section 2 and Appendix; the paper clips at [-20, 20].
+    Paper, Section 2 and Appendix; the paper clips at [-20, 20]. Raises ValueError where the ends are in the wrong order.
     """
 
     logsnr_min: float = -20.0
@@ -37,22 +96,89 @@ class CosineSchedule:
         return torch.where(t < 0.5, early, late)
 
 
-def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) of a variance-preserving process: sqrt sigmoid(+-logsnr), exact at +-inf."""
-    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """Flow matching: z = (1 - u) x + u eps, u = shift t / (1 + (shift - 1) t); logsnr = 2 log((1 - u) / u).
+
+    Zero SNR exactly at t = 1 (`logsnr_min` above -inf cuts it off), capped at `logsnr_max` near data. Lipman et al.,
+    2023; the shift is that of Esser et al., 2024. Raises ValueError for a shift that is not positive.
+    """
+
+    shift: float = 1.0
+    logsnr_min: float = -math.inf
+    logsnr_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift={self.shift} must be positive")
+        if not self.logsnr_min < self.logsnr_max:
+            raise ValueError(f"logsnr_min={self.logsnr_min} must be below logsnr_max={self.logsnr_max}")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t in [0, 1], any shape -> logsnr of that shape."""
+        # (1 - u) / u = (1 - t) / (shift t), with no difference of nearly equal numbers near t = 1
+        return (2 * torch.log((1 - t) / (self.shift * t))).clamp(self.logsnr_min, self.logsnr_max)
+
+    def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) with alpha + sigma = 1."""
+        return flow_matching(logsnr)
 
 
-def logsnr_on_grid(schedule, i: Tensor, num_steps: int) -> Tensor:
+@dataclass(frozen=True)
+class EdmSchedule(Schedule):
+    """Variance exploding: z = x + sigma eps, sigma(t) = (t sigma_max^(1/rho) + (1 - t) sigma_min^(1/rho))^rho.
+
+    Karras et al., 2022, Table 1 and Equation 5. A teacher trains on log-normal sigmas, ln sigma ~ N(mean, std^2), kept
+    within [sigma_min, sigma_max]. Raises ValueError for sigmas that are not 0 < sigma_min < sigma_max < inf: with
+    infinite noise, z = x + sigma eps is no number.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must be 0 < sigma_min < sigma_max < inf: "
+                f"variance exploding has no zero terminal SNR"
+            )
+
+    @property
+    def noise_scale(self) -> float:  # type: ignore[override]
+        """sigma(1): samplers start from noise of this deviation."""
+        return self.sigma_max
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t in [0, 1], any shape -> logsnr of that shape."""
+        low, high = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
+        return -2 * self.rho * torch.log(t * high + (1 - t) * low)
+
+    def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, exp(-logsnr / 2))."""
+        return variance_exploding(logsnr)
+
+    def training_time(self, u: Tensor) -> Tensor:
+        """The time at which sigma is the u-quantile of the log-normal."""
+        low, high = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max))
+        normal = math.sqrt(2) * torch.erfinv((2 * u.double() - 1).clamp(-1 + 1e-9, 1 - 1e-9))
+        sigma = torch.exp(self.mean + self.std * normal).clamp(self.sigma_min, self.sigma_max)
+        return ((sigma ** (1 / self.rho) - low) / (high - low)).clamp(0, 1).to(u.dtype)
+
+
+def logsnr_on_grid(schedule: Callable[[Tensor], Tensor], i: Tensor, num_steps: int) -> Tensor:
     """logsnr at t = i / num_steps, for integer i; +inf at i = 0, where samplers end on clean data.
 
     The paper's samplers and distillation target take alpha = 1, sigma = 0 at t = 0, whatever the
-    schedule's own logsnr_max.
+    schedule's own value there.
     """
     return torch.where(i > 0, schedule(i / num_steps), math.inf)
 
 
-def betas(schedule: CosineSchedule, num_steps: int) -> list[float]:
-    """The schedule in diffusers' words: 1 - abar_i / abar_{i-1} on the grid of `num_steps`, abar = alpha^2."""
+def betas(schedule: Callable[[Tensor], Tensor], num_steps: int) -> list[float]:
+    """The schedule in diffusers' words: 1 - abar_i / abar_{i-1} on the grid of `num_steps`, abar = sigmoid(logsnr)."""
     grid = torch.arange(num_steps + 1, dtype=torch.float64)
     abar = torch.sigmoid(logsnr_on_grid(schedule, grid, num_steps))
     return (1 - abar[1:] / abar[:-1]).clamp(max=1 - 2**-24).tolist()  # a float32 beta of 1 makes log(0)

@@ -18,10 +18,20 @@ def truncated_snr(logsnr: Tensor) -> Tensor:
 
 
 def snr_plus_one(logsnr: Tensor) -> Tensor:
-    """SNR + 1: the squared error in v."""
+    """SNR + 1: the squared error in v of a variance-preserving process."""
     return logsnr.exp() + 1
 
 
 def constant(logsnr: Tensor) -> Tensor:
     """1: the squared error in x."""
     return torch.ones_like(logsnr)
+
+
+def flow(logsnr: Tensor) -> Tensor:
+    """(1 + sqrt(SNR))^2: the squared error in the velocity of flow matching, where alpha + sigma = 1."""
+    return (1 + (logsnr / 2).exp()).square()
+
+
+def edm(logsnr: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """SNR + 1 / sigma_data^2: the weight of Karras et al., 2022, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
+    return logsnr.exp() + sigma_data**-2

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pdistill.denoiser import write_json
+from pdistill.files import write_json
 from pdistill.errors import UserError
 
 CHUNK = 1024  # images between two notes of progress

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pdistill.batches import Batches
+from pdistill.dataset.batches import Batches
 from pdistill.errors import UserError
-from pdistill.image_cache import Source, cached_images, digest_of
+from pdistill.dataset.cache import Source, cached_images, digest_of
 
 
 @dataclass(frozen=True)

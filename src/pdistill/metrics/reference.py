@@ -8,12 +8,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from pdistill import __version__
-from pdistill.batches import to_uint8
+from pdistill.dataset.batches import to_uint8
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
-from pdistill.extractors import cached
-from pdistill.feature_metrics import FrechetDistance
-from pdistill.image_cache import cache_directory
+from pdistill.metrics.extractors import cached
+from pdistill.metrics.distances import FrechetDistance
+from pdistill.files import cache_directory
 from pdistill.randomness import sample_noise
 from pdistill.sampling import sample
 

@@ -20,21 +20,22 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from pdistill import curve, report, run
-from pdistill.batches import ImageDataModule
-from pdistill.callbacks import FID, Cost, ProgressBar, ResumableCheckpoint, TrainingLog
-from pdistill.checks import accumulated_batches, check_settings, check_stable, check_teacher
+from pdistill.dataset.batches import ImageDataModule
+from pdistill.training.callbacks import FID, Cost, ProgressBar, ResumableCheckpoint, TrainingLog
+from pdistill.commands.checks import accumulated_batches, check_settings, check_stable, check_teacher
 from pdistill.dataset import ImageSet
-from pdistill.denoiser import Denoiser, write_json
-from pdistill.distillation import DistillationModule
+from pdistill.denoiser import Denoiser
+from pdistill.files import write_json
+from pdistill.training.distillation import DistillationModule
 from pdistill.errors import UserError
-from pdistill.logger import close, log_stage, log_summary
-from pdistill.metrics import generate, provenance
+from pdistill.training.logger import close, log_stage, log_summary
+from pdistill.metrics.reference import generate, provenance
 from pdistill.network import set_dropout
-from pdistill.pictures import nearest_neighbours, save_grid
+from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.randomness import sample_noise, seed_of
 from pdistill.sampling import sample
 from pdistill.steps import Stage, stages
-from pdistill.teacher import TeacherModule
+from pdistill.training.teacher import TeacherModule
 
 GRID_IMAGES = 64
 NEIGHBOURS_OF = 12  # samples

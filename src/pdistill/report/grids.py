@@ -8,10 +8,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from pdistill.batches import to_float
+from pdistill.dataset.batches import to_float
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
-from pdistill.metrics import generate
+from pdistill.metrics.reference import generate
 
 
 def save_grid(images: Tensor, path: Path, nrow: int = 8, tile: int = 48) -> None:

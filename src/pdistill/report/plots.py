@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pdistill.denoiser import write_json
+from pdistill.files import write_json
 
 STUDENTS = "distilled"
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pdistill.parameterization import broadcast
 from pdistill.schedule import alpha_sigma
-from pdistill.training import DenoisingModule, weighted_loss
+from pdistill.training.module import DenoisingModule, weighted_loss
 
 
 class TeacherModule(DenoisingModule):

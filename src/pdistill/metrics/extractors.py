@@ -18,7 +18,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 
 from pdistill.dataset import ImageSet
 from pdistill.errors import UserError
-from pdistill.image_cache import cache_directory
+from pdistill.files import cache_directory
 from pdistill.randomness import generator
 
 

@@ -11,7 +11,7 @@ from pdistill.network import set_dropout
 from pdistill.parameterization import broadcast
 from pdistill.sampling import ddim_step
 from pdistill.schedule import alpha_sigma, logsnr_on_grid
-from pdistill.training import DenoisingModule, weighted_loss
+from pdistill.training.module import DenoisingModule, weighted_loss
 
 
 def distillation_target(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted, UserError
-from pdistill.metrics import fid_metric, fid_name, generate, measure_fid
+from pdistill.metrics.reference import fid_metric, fid_name, generate, measure_fid
 
 LOGSNR_EDGES = (-15.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0)  # eight bins over [-20, 20]
 

@@ -3,7 +3,7 @@
 A row is what evaluate.py writes: metrics, `<metric>_std`, and under "provenance" what they were measured with.
 """
 
-from pdistill.curve import Curves
+from pdistill.report.plots import Curves
 
 REAL = "real images"  # the label of the row that compares two halves of the reference
 # Parts of a figure's provenance that must be equal for two figures to be compared.

@@ -1,0 +1,133 @@
+"""diffusers' directories: ours, which diffusers opens by itself, and other people's pipelines, measured like ours."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pdistill.errors import UserError, first_line
+from pdistill.files import write_json
+from pdistill.network import image_shape_of
+from pdistill.randomness import generator
+from pdistill.schedule import betas, variance_preserving
+
+if TYPE_CHECKING:
+    from pdistill.denoiser import Denoiser
+
+PREDICTION_TYPES = {"v": "v_prediction", "x": "sample", "eps": "epsilon"}  # diffusers has no word for the others
+UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def write_unet(denoiser: "Denoiser", weights: dict[str, Tensor], grid: int, directory: Path) -> None:
+    """`unet/`, and where diffusers has words for it `scheduler/` and `model_index.json`, for `grid` steps.
+
+    The pipeline's network has a learned embedding of `grid` times, whose rows are the sinusoidal embeddings of the
+    timesteps at t = 1/grid, ..., 1; everything else is the continuous-time network's.
+    """
+    network = denoiser.network
+    t = torch.arange(1, grid + 1, dtype=torch.float64) / grid
+    timesteps = denoiser.schedule.timestep(t).float().to(network.device)
+    weights = weights | {"time_proj.weight": network.time_proj(timesteps).cpu()}
+    (directory / "unet").mkdir()
+    save_file(weights, directory / "unet" / UNET_WEIGHTS, metadata={"format": "pt"})
+    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    learned = {"_class_name": "UNet2DModel", "time_embedding_type": "learned", "num_train_timesteps": grid}
+    write_json(directory / "unet" / "config.json", config | learned)
+    if not _has_words_for(denoiser):
+        return
+    _scheduler(denoiser, grid).save_pretrained(directory / "scheduler")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    write_json(directory / "model_index.json", index)
+
+
+def read_unet(directory: Path) -> UNet2DModel:
+    """The continuous-time network of a directory that `write_unet` wrote."""
+    config = json.loads((directory / "unet" / "config.json").read_text())
+    weights = load_file(directory / "unet" / UNET_WEIGHTS)
+    del weights["time_proj.weight"]
+    network = UNet2DModel.from_config(config | {"time_embedding_type": "positional", "num_train_timesteps": None})
+    network.load_state_dict(weights)
+    return network
+
+
+def _has_words_for(denoiser: "Denoiser") -> bool:
+    """A diffusers pipeline of images alone knows v, x and eps of a variance-preserving process, and passes no labels."""
+    logsnr = torch.linspace(-5, 5, 11, dtype=torch.float64)
+    processes = zip(denoiser.schedule.alpha_sigma(logsnr), variance_preserving(logsnr), strict=True)
+    known = getattr(denoiser.parameterization, "name", None) in PREDICTION_TYPES
+    return known and denoiser.num_classes is None and all(torch.allclose(*pair) for pair in processes)
+
+
+def _scheduler(denoiser: "Denoiser", num_steps: int) -> DPMSolverMultistepScheduler:
+    """diffusers' first-order DPM-Solver++ on our grid: clipped DDIM with eps recomputed."""
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=num_steps,
+        trained_betas=betas(denoiser.schedule, num_steps),
+        prediction_type=PREDICTION_TYPES[denoiser.parameterization.name],
+        solver_order=1,
+        algorithm_type="dpmsolver++",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        thresholding=True,
+        sample_max_value=1.0,
+    )
+
+
+def is_pipeline(path: Path) -> bool:
+    """A directory that diffusers wrote, and we did not."""
+    return (path / "model_index.json").exists() and not (path / "denoiser.json").exists()
+
+
+class Pipeline:
+    """An unconditional pipeline (DDPMPipeline, DDIMPipeline, ...) sampled by its own scheduler."""
+
+    def __init__(self, pipeline: diffusers.DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, path: str) -> "Pipeline":
+        """Raises UserError for a directory that is damaged, and for pipelines that need more than noise."""
+        diffusers.utils.logging.disable_progress_bar()
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, low_cpu_mem_usage=False)
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"diffusers cannot load the pipeline {path} ({first_line(error)})") from error
+        if not isinstance(getattr(pipeline, "unet", None), diffusers.UNet2DModel):
+            raise UserError(
+                f"{path} is a {type(pipeline).__name__}: only unconditional pipelines of a UNet2DModel are measured, "
+                f"e.g. DDPMPipeline or DDIMPipeline"
+            )
+        return cls(pipeline)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return image_shape_of(self.pipeline.unet)
+
+    def to(self, device: torch.device) -> None:
+        self.pipeline.to(device)
+
+    def generate(
+        self, indices: range, num_steps: int, seed: int, batch_size: int, device: torch.device | str
+    ) -> Iterator[Tensor]:
+        """Batches (B, C, H, W) in [-1, 1], image i from a generator that depends on (seed, i) alone."""
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            images = self.pipeline(
+                len(batch),
+                generator=[generator(seed, i) for i in batch],
+                num_inference_steps=num_steps,
+                output_type="np",
+            ).images
+            yield torch.from_numpy(images).movedim(-1, 1).to(device) * 2 - 1

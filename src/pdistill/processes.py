@@ -1,0 +1,86 @@
+"""Which process this is among several: the one place that knows.
+
+Processes are started by torchrun, by a cluster's launcher (srun, mpirun, jsrun), by Lightning for further devices, or
+not at all. Before torch.distributed is initialised the launcher's environment says who is who; afterwards torch does.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from pdistill.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+# Of torchrun, Slurm, Open MPI, other MPIs, and IBM's LSF.
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
+
+
+def _distributed() -> Any:
+    """torch.distributed if it is initialised, else None; torch is not imported for the question."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    there = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if there else None
+
+
+def rank() -> int:
+    """0 for the main process. Among those that Lightning starts, before they have met, 1 stands for any other."""
+    if distributed := _distributed():
+        return distributed.get_rank()
+    for variable in RANK_VARIABLES:
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return int(os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0")
+
+
+def world_size() -> int:
+    """How many processes work together; 1 before they have met."""
+    distributed = _distributed()
+    return distributed.get_world_size() if distributed else 1
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if distributed := _distributed():
+        distributed.barrier()
+
+
+def gather(mine: object) -> list[Any]:
+    """What every process brings, in the order of ranks, on every process."""
+    distributed = _distributed()
+    if not distributed:
+        return [mine]
+    everyones: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyones, mine)
+    return everyones
+
+
+def of_main(value: object) -> Any:
+    """The main process's `value`, on every process."""
+    distributed = _distributed()
+    if not distributed:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def device_of(name: str) -> "torch.device":
+    """The device of that name; "auto" is CUDA where there is one. Raises UserError where it is not available."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(
+            f"device={name} is not available here ({first_line(error)}): use device=auto or device=cpu"
+        ) from error

@@ -1,0 +1,149 @@
+"""A Denoiser on disk: a directory in which every part stands by its name.
+
+`denoiser.json` names the parameterization, the schedule and the network. A UNet2DModel's directory is laid out as a
+diffusers pipeline (`model_index.json`, `unet/`, `scheduler/`), which diffusers opens by itself; any other network's
+weights are in `network/`. Nothing is imported because a file says so: a name must be built in or registered.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pdistill import network as networks
+from pdistill import registry
+from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError, first_line
+from pdistill.files import read_json, whole_directory, write_json
+from pdistill.interop import diffusers as pipelines
+
+FORMAT = 2  # 1, of version 0.1.0, is read too
+DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
+WEIGHTS = Path("network", "model.safetensors")
+
+D = TypeVar("D", bound=Denoiser)
+
+
+def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
+    """Writes the directory whole or not at all, replacing one that stands there.
+
+    `grid` is the step count of the diffusers pipeline; by default `num_steps`, or 1024 for a teacher. There is no
+    `model_index.json` where no diffusers pipeline knows the output (x_eps, edm), the process (all but variance
+    preserving) or the condition (classes). Raises UserError for a part that is not registered.
+    """
+    grid = grid or denoiser.num_steps or DEFAULT_GRID
+    made = networks.description(denoiser.network)
+    description = {
+        "format": FORMAT,
+        "parameterization": _described("parameterization", denoiser.parameterization),
+        "schedule": _described("schedule", denoiser.schedule),
+        "network": {"name": "unet"} if made["name"] == "unet" else made,
+        "image_shape": list(denoiser.image_shape),
+        "num_steps": denoiser.num_steps,
+        "lineage": denoiser.lineage,
+        "null_label": denoiser.null_label,
+        "pipeline_steps": grid,
+        "fingerprint": denoiser.fingerprint,
+    }
+    weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}
+    with whole_directory(directory) as temporary:
+        if isinstance(denoiser.network, UNet2DModel):
+            pipelines.write_unet(denoiser, weights, grid, temporary)
+        else:
+            (temporary / WEIGHTS).parent.mkdir()
+            save_file(weights, temporary / WEIGHTS)
+        try:
+            write_json(temporary / "denoiser.json", description)
+        except TypeError as error:
+            raise UserError(f"the arguments of {made['name']} do not fit into JSON ({error}): {made}") from error
+
+
+def load(directory: Path, cls: type[D] = Denoiser) -> D:
+    """The continuous-time denoiser of a directory that `save` wrote, on the CPU, in eval mode.
+
+    Raises UserError for a directory that is missing, foreign or damaged, and for parts that are not known here.
+    """
+    if not directory.is_dir():
+        raise UserError(f"no denoiser at {directory}: expected a directory that holds denoiser.json and unet/")
+    try:
+        description = read_json(directory / "denoiser.json")
+        if description is None:
+            raise FileNotFoundError(2, "missing", str(directory / "denoiser.json"))
+        if description["format"] not in (1, FORMAT):
+            raise UserError(
+                f"{directory} has format {description['format']}; this version reads formats 1 and {FORMAT}: "
+                f"use the version of pdistill that wrote it, or a newer one"
+            )
+        made = description.get("network", {"name": "unet"})
+        try:
+            parameterization = _part("parameterization", description["parameterization"])
+            schedule = _part("schedule", description["schedule"])
+            if made["name"] != "unet":
+                registry.find("network", made["name"])
+        except UserError as error:
+            raise UserError(f"{directory} cannot be loaded: {error}") from error
+        if made["name"] == "unet":
+            network = pipelines.read_unet(directory)
+        else:
+            network = networks.rebuild(made)
+            network.load_state_dict(load_file(directory / WEIGHTS))
+        shape = description.get("image_shape")
+        denoiser = cls(
+            network,
+            parameterization,
+            schedule,
+            description["num_steps"],
+            description["lineage"],
+            description.get("null_label"),
+            image_shape=tuple(shape) if shape else None,
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{directory} is not a denoiser directory: {error.filename} is missing. "
+            f"Expected what `Denoiser.save` writes, e.g. outputs/<name>/teacher/denoiser"
+        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{directory} is damaged or was written by another program ({type(error).__name__}: {first_line(error)}). "
+            f"Copy or train it again"
+        ) from error
+    if not all(value.isfinite().all() for value in network.state_dict().values() if value.is_floating_point()):
+        raise UserError(f"{directory} holds weights that are not finite (NaN or infinite): train it again")
+    return denoiser.eval()
+
+
+def fingerprint_of(directory: Path) -> str:
+    """The fingerprint of the denoiser in a directory, from its weights, whatever its description claims."""
+    return load(directory).fingerprint
+
+
+def _described(group: str, part: Any) -> dict[str, Any]:
+    """A part's registered name and its state, with infinities in words. Raises UserError if it is not registered."""
+    name, cls = registry.name_of(group, type(part)), type(part).__qualname__
+    if name is None:
+        raise UserError(
+            f"the {group} {cls} is not registered, and a directory could not name it: call "
+            f'pdistill.register("{group}", "<name>", {cls}), on the command line in a module of imports=[...]'
+        )
+    state = {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in registry.state_of(part).items()}
+    return {"name": name, **state}
+
+
+def _part(group: str, described: str | dict[str, Any]) -> Any:
+    """The parameterization or schedule that a description names; format 1 has numbers as text, and names alone."""
+    state = {"name": described} if isinstance(described, str) else dict(described)
+    cls = registry.find(group, state.pop("name"))
+    return cls(**{k: _number(v) for k, v in state.items()})
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

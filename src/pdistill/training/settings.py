@@ -1,0 +1,98 @@
+"""Settings of training and distillation, checked when they are made; no torch, so that composing stays quick."""
+
+import math
+from dataclasses import dataclass, field
+
+from pdistill.errors import UserError
+
+
+def whole(key: str, value: object, least: int) -> None:
+    """Raises UserError unless the value of the key is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}={value} must be a whole number, at least {least}")
+
+
+def number(key: str, value: object, limit: float = math.inf, null: bool = False) -> None:
+    """Raises UserError unless the value of the key is a number in [0, limit), or None where `null`."""
+    if value is None and null:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < limit:
+        raise UserError(f"{key}={value} must be a number in [0, {limit}){' or null' if null else ''}")
+
+
+@dataclass
+class Optimization:
+    """What training a teacher and distilling a student configure alike."""
+
+    batch_size: int = 64
+    """Images of an update, over all devices and accumulated batches."""
+    learning_rate: float = 1e-3
+    """Of the optimizer, before its schedule."""
+    weight_decay: float = 0.0
+    """Of the optimizer, decoupled (AdamW)."""
+    gradient_clip: float | None = 1.0
+    """Largest norm of an update's gradient; null for none."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights, which is then the result; null for none."""
+    dropout: float = 0.0
+    """Probability of every dropout layer of the network."""
+
+    section = "training"
+
+    def __post_init__(self) -> None:
+        whole(f"{self.section}.batch_size", self.batch_size, 1)
+        number(f"{self.section}.learning_rate", self.learning_rate)
+        number(f"{self.section}.weight_decay", self.weight_decay)
+        number(f"{self.section}.gradient_clip", self.gradient_clip, null=True)
+        number(f"{self.section}.ema_decay", self.ema_decay, 1, null=True)
+        number(f"{self.section}.dropout", self.dropout, 1)
+
+
+@dataclass
+class Training(Optimization):
+    """Of the teacher."""
+
+    updates: int = 2000
+    """Updates of the weights."""
+    warmup_updates: int = 100
+    """Updates over which the learning rate rises linearly; afterwards it is constant."""
+    ema_decay: float | None = 0.995
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("training.updates", self.updates, 1)
+        whole("training.warmup_updates", self.warmup_updates, 0)
+
+
+@dataclass
+class Distillation(Optimization):
+    """Of every stage; the updates per stage are in the steps group."""
+
+    learning_rate: float = 3e-4
+    """Annealed linearly to 0 within each stage."""
+    max_teacher_steps: int = 2
+    """4 or 8: a stage learns from an earlier one where its steps are at most so many to one."""
+
+    section = "distillation"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("distillation.max_teacher_steps", self.max_teacher_steps, 1)
+
+
+@dataclass
+class Steps:
+    """The plan of step counts."""
+
+    plan: list[int] = field(default_factory=lambda: [32, 16, 8, 4, 2, 1])
+    """From the step count at which the teacher is sampled to the last student's, each dividing the one before."""
+    updates: int = 300
+    """Of each stage."""
+    updates_last_two: int = 600
+    """Of the last two stages, as in the paper."""
+
+    def __post_init__(self) -> None:
+        if len(self.plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in self.plan):
+            raise UserError(f"steps.plan={self.plan} must list at least two whole step counts, e.g. steps.plan=[32,16,8]")
+        whole("steps.updates", self.updates, 1)
+        whole("steps.updates_last_two", self.updates_last_two, 1)
