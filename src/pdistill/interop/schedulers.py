@@ -11,6 +11,7 @@ from pdistill.sampling import Denoise, Options
 from pdistill.schedule import Schedule, betas
 
 GRID = 1024  # of the discrete times that diffusers knows, at least; a multiple of the steps, which so fall on t = i/N
+LEAST_LOGSNR = -20.0  # the paper's: from exactly zero SNR the solvers' first step is no number, or wild
 # Of sigma / alpha (Karras et al., 2022); with the whole range of the paper's schedule, up to 22026, Heun's diverges.
 HEUN_SIGMAS = {"sigma_min": 0.002, "sigma_max": 80.0}
 
@@ -24,7 +25,7 @@ def _integrate(
     """
     heun = kind is diffusers.HeunDiscreteScheduler  # takes two evaluations a step but for the last
     size = num_steps * -(-GRID // num_steps)
-    grid = {"trained_betas": betas(schedule, size), "timestep_spacing": "trailing"}
+    grid = {"trained_betas": betas(lambda t: schedule(t).clamp(min=LEAST_LOGSNR), size), "timestep_spacing": "trailing"}
     scheduler = kind(size, prediction_type="sample", **grid, **settings)
     if heun:
         scheduler.register_to_config(**HEUN_SIGMAS)
