@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pdistill import weighting
 from pdistill.errors import UserError
-from pdistill.parameterization import V, X, Edm, Eps, Flow, XEps, broadcast, x_to_eps, x_to_v
+from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps, broadcast, x_to_eps, x_to_v
 from pdistill.sampling import Draw, ddim_step, generate, posterior, sample, samplers
 from pdistill.schedule import CosineSchedule, EdmSchedule, FlowSchedule, logsnr_on_grid
 from pdistill.steps import stages
@@ -84,7 +84,9 @@ def test_conversions_invert_each_other(schedule, seed, t):
 def test_edm_is_v_with_another_sign_at_unit_data():
     """DESIGN: F = -v at sigma_data = 1 under variance preserving, whose input it leaves alone."""
     z, output = noise(0), noise(1)
-    alpha, sigma = (a[:, None, None, None] for a in SCHEDULES["cosine"].alpha_sigma(torch.tensor([-3.0, 0, 4]).double()))
+    alpha, sigma = (
+        a[:, None, None, None] for a in SCHEDULES["cosine"].alpha_sigma(torch.tensor([-3.0, 0, 4]).double())
+    )
     torch.testing.assert_close(Edm(1.0).to_x(-output, z, alpha, sigma), V().to_x(output, z, alpha, sigma))
     torch.testing.assert_close(Edm(1.0).scale_input(z, alpha, sigma), z)
 
@@ -128,7 +130,9 @@ def test_times_that_edm_trains_on_are_log_normal():
 
 
 @pytest.mark.parametrize("name", ["x", "x_eps", "v", "flow", "edm"])
-@pytest.mark.parametrize("schedule", [SCHEDULES["zero"], SCHEDULES["flow"], SCHEDULES["edm"]], ids=["zero", "flow", "edm"])
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULES["zero"], SCHEDULES["flow"], SCHEDULES["edm"]], ids=["zero", "flow", "edm"]
+)
 def test_the_end_of_every_process_gives_finite_losses_and_gradients(tiny, name, schedule):
     teacher, student = tiny(name), tiny(name, seed=1)
     teacher.schedule = student.schedule = schedule
@@ -288,11 +292,16 @@ def test_schedulers_of_diffusers_solve_the_same_equation(name, schedule):
     # Heun's takes two evaluations a step but for the last, and begins with long steps.
     evaluations, share, made = (64, 1.0, 63) if name == "heun" else (16, 0.75, 16)
     error = {
-        s: (sample(counted, z, evaluations, sampler=s, clip=False, callback=lambda *c: seen.append(c)) - limit).abs().max()
+        s: (sample(counted, z, evaluations, sampler=s, clip=False, callback=lambda *c: seen.append(c)) - limit)
+        .abs()
+        .max()
         for s in ("ddim", name)
     }
     assert len(calls) == len(seen) == evaluations + made
-    if schedule in (SCHEDULES["edm"], SCHEDULES["shifted"]):  # their grids do not suit the solvers, which converge still
+    if schedule in (
+        SCHEDULES["edm"],
+        SCHEDULES["shifted"],
+    ):  # their grids do not suit the solvers, which converge still
         more = (sample(gaussian, z, 4 * evaluations, sampler=name, clip=False) - limit).abs().max()
         assert more < 0.5 * error[name]
     else:

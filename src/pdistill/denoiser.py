@@ -91,6 +91,12 @@ class Denoiser(nn.Module):
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
+    def check_storable(self) -> None:
+        """Raises UserError where `save` would: for a part that is not registered."""
+        from pdistill import storage
+
+        storage.describe(self)
+
     def save(self, directory: str | Path, grid: int | None = None) -> None:
         """Writes the directory, whole or not at all: see `storage.save`."""
         from pdistill import storage

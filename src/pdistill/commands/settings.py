@@ -75,7 +75,9 @@ class Train:
             whole("max_batch_per_device", self.max_batch_per_device, 1)
         number("label_dropout", self.label_dropout, 1)
         if self.label_dropout and not self.conditional:
-            raise UserError(f"label_dropout={self.label_dropout} hides labels that nobody looks at: add conditional=true")
+            raise UserError(
+                f"label_dropout={self.label_dropout} hides labels that nobody looks at: add conditional=true"
+            )
         check_trainer(self.trainer)
 
 

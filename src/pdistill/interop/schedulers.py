@@ -17,7 +17,13 @@ HEUN_SIGMAS = {"sigma_min": 0.002, "sigma_max": 80.0}
 
 
 def _integrate(
-    kind: Any, settings: dict[str, Any], denoise: Denoise, schedule: Schedule, z: Tensor, num_steps: int, options: Options
+    kind: Any,
+    settings: dict[str, Any],
+    denoise: Denoise,
+    schedule: Schedule,
+    z: Tensor,
+    num_steps: int,
+    options: Options,
 ) -> Tensor:
     """Images (B, C, H, W) from z_1; `denoise` is called `num_steps` times.
 
