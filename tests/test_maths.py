@@ -233,7 +233,7 @@ def test_the_posterior_is_bayes_rule(schedule):
 
 
 def test_weightings_are_errors_in_other_quantities():
-    """SNR, SNR + 1, the truncated SNR, flow's and EDM's, times the error in x: errors in eps, v, the larger, u and F."""
+    """Each weighting times the error in x is the error in something: eps, v, the larger, the velocity, F."""
     logsnr = torch.linspace(-8, 8, 3, dtype=torch.float64)
     z, x, y = noise(0), noise(1), noise(2)
 
@@ -301,7 +301,7 @@ def test_schedulers_of_diffusers_solve_the_same_equation(name, schedule):
     if schedule in (
         SCHEDULES["edm"],
         SCHEDULES["shifted"],
-    ):  # their grids do not suit the solvers, which converge still
+    ):  # their grids do not suit the solvers, which do converge
         more = (sample(gaussian, z, 4 * evaluations, sampler=name, clip=False) - limit).abs().max()
         assert more < 0.5 * error[name]
     else:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from itertools import pairwise
 from typing import Any
 
 import pdistill
@@ -74,7 +75,7 @@ def field_docs(settings: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for cls in reversed(settings.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for statement, doc in zip(body, body[1:], strict=False):
+        for statement, doc in pairwise(body):
             if (
                 isinstance(statement, ast.AnnAssign)
                 and isinstance(doc, ast.Expr)

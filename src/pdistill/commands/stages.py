@@ -159,9 +159,9 @@ def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
     if settings.allow_unstable or stable or terminal > floor:
         return
     alpha = float(denoiser.schedule.alpha_sigma(terminal)[0])
+    done = "distilled" if isinstance(settings, Distill) else "trained"
     raise UserError(
-        f"parameterization={denoiser.parameterization.name} cannot be {'trained' if alpha == 0 else 'distilled'} with a "
-        f"schedule that ends at log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = "
+        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = "
         f"{alpha:.2g}. Use parameterization=x, x_eps or v, or allow_unstable=true to try all the same"
     )
 
@@ -310,8 +310,8 @@ def _measure_teacher(job: Job) -> None:
     if fid is None or curve is None:
         return
     denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(job.device)
-    measure: Callable[[int, str], float] = lambda n, sampler: fid.measure(denoiser, n, job.device, sampler)  # noqa: E731
-    measure_teacher(job.directory / "teacher" / "curve.json", curve["steps"], curve["samplers"], measure)
+    measure: Callable[[int, str], float] = lambda n, sampler: fid.measure(denoiser, n, job.device, sampler)  # noqa:
+    E731 measure_teacher(job.directory / "teacher" / "curve.json", curve["steps"], curve["samplers"], measure)
 
 
 def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
