@@ -161,8 +161,9 @@ def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
     alpha = float(denoiser.schedule.alpha_sigma(terminal)[0])
     done = "distilled" if isinstance(settings, Distill) else "trained"
     raise UserError(
-        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = "
-        f"{alpha:.2g}. Use parameterization=x, x_eps or v, or allow_unstable=true to try all the same"
+        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR "
+        f"{float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use parameterization=x, "
+        f"x_eps or v, or allow_unstable=true to try all the same"
     )
 
 
