@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import pdistill
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MODULE_OF = {  # a distribution's module, where the names differ
@@ -159,3 +161,8 @@ def test_the_command_in_an_empty_environment(wheel, tmp_path):
     python, constraints = str(directory / "bin" / "python"), str(ROOT / "constraints.txt")
     _pip("--python", python, "install", "-c", constraints, str(wheel))
     _check_command(directory, work)
+
+
+def test_the_citation_names_this_version():
+    citation = OmegaConf.load(ROOT / "CITATION.cff")
+    assert citation.version == pdistill.__version__
