@@ -37,7 +37,8 @@ NO_MODULE = {"trainer", "experiment", "hydra"}  # groups of Lightning's and Hydr
 IN_TRAINING = {"logger", "callbacks"}
 MOST_ARGUMENTS = 6
 KEYWORDS_FREE = {"sampling.sample", "target.distillation_target", "denoiser.Denoiser.__init__"}  # public functions
-NODES = {"network.unet", "dataset.folders.image_folder", "dataset.huggingface.load"}  # nodes of conf/ name their arguments
+# Of nodes of conf/, which give their arguments by name:
+NODES = {"network.unet", "dataset.folders.image_folder", "dataset.huggingface.load"}
 PUBLIC = {
     "conversions": ("Eps", "X", "XEps", "V", "CosineSchedule"),
     "weightings": ("snr", "truncated_snr", "snr_plus_one", "constant"),
