@@ -6,7 +6,7 @@ order; while a stage trains, `last.ckpt` is what it resumes from.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,8 +311,11 @@ def _measure_teacher(job: Job) -> None:
     if fid is None or curve is None:
         return
     denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(job.device)
-    measure: Callable[[int, str], float] = lambda n, sampler: fid.measure(denoiser, n, job.device, sampler)  # noqa:
-    E731 measure_teacher(job.directory / "teacher" / "curve.json", curve["steps"], curve["samplers"], measure)
+
+    def measure(num_steps: int, sampler: str) -> float:
+        return fid.measure(denoiser, num_steps, job.device, sampler)
+
+    measure_teacher(job.directory / "teacher" / "curve.json", curve["steps"], curve["samplers"], measure)
 
 
 def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
