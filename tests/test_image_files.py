@@ -165,19 +165,31 @@ def test_modes_with_alpha_that_only_plugins_give(mode):
     assert ours[:, 8, 12].tolist() == [255, 255, 255] and ours[:, 8, 4].tolist() == [255, 0, 0] and not grey
 
 
-def test_a_16_bit_png_of_colours_with_a_transparent_one(photos):
-    """Written by hand, as Pillow cannot: red 0xffff, and blue 0xffff which is the transparent colour."""
+@pytest.mark.parametrize(
+    ("bits", "colour", "shown", "clear", "row"),
+    [
+        (16, 2, [255, 0, 0], (0x1234, 0, 0xFFFF), struct.pack(">24H", *(65535, 0, 0) * 8)),
+        (4, 0, [255] * 3, (5,), b"\xff" * 4),
+        (2, 0, [255] * 3, (1,), b"\xff" * 2),
+    ],
+)
+def test_the_transparent_colour_of_a_png_that_is_not_of_8_bits(photos, bits, colour, shown, clear, row):
+    """Written by hand, as Pillow cannot: the left half is opaque, the right half of the transparent colour."""
 
     def block(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    row = b"\0" + struct.pack(">3H", 65535, 0, 0) * 8 + struct.pack(">3H", 0, 0, 65535) * 8
-    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
-    content = [(b"IHDR", header), (b"tRNS", struct.pack(">3H", 0, 0, 65535)), (b"IDAT", zlib.compress(row * 16))]
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(block(*part) for part in [*content, (b"IEND", b"")])
-    (photos / "1.png").write_bytes(png)
-    ours = pixels(photos, 3)
-    assert ours[:, 8, 4].tolist() == [255, 0, 0] and ours[:, 8, 12].tolist() == [255, 255, 255]
+    right = struct.pack(">24H", *clear * 8) if bits == 16 else bytes([{4: 0x55, 2: 0b01010101}[bits]]) * len(row)
+    content = [
+        (b"IHDR", struct.pack(">IIBBBBB", 16, 16, bits, colour, 0, 0, 0)),
+        (b"tRNS", struct.pack(f">{len(clear)}H", *clear)),
+        (b"IDAT", zlib.compress((b"\0" + row + right) * 16)),
+        (b"IEND", b""),
+    ]
+    (photos / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(block(*part) for part in content))
+    plain(photos / "2.png")  # colours
+    first = image_folder(str(photos), 16, background="lime").images[0]
+    assert first[:, 8, 4].tolist() == shown and first[:, 8, 12].tolist() == [0, 255, 0]
 
 
 @pytest.mark.parametrize("deep", [False, True])

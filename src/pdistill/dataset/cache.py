@@ -77,7 +77,7 @@ def cached_images(
     made_by = {
         "source": shown(source.name),
         "content": source.key,
-        "labels": None if labels is None else hashlib.sha256(labels).hexdigest()[:16],
+        "labels": None if labels is None else hashlib.sha256(labels.data).hexdigest()[:16],
         **transform.settings(),
         "format": FORMAT,
     }
@@ -173,7 +173,7 @@ def _damaged(file: Path, problem: str) -> UserError:
 def _chain_of(images: np.ndarray) -> bytes:
     chain = b""
     for image in tqdm(images, desc="checking the cache of images", unit="image", delay=2, disable=not is_main()):
-        chain = chained(chain, hashlib.sha256(image).digest())
+        chain = chained(chain, hashlib.sha256(image.data).digest())
     return chain
 
 

@@ -319,18 +319,18 @@ class _Keys(Sequence):
 
     def __init__(self, database: Any) -> None:
         self.database = database
-        self.count = database.stat()["entries"]
+        self.entries = database.stat()["entries"]
 
     @functools.cached_property
     def keys(self) -> list[bytes]:
         with self.database.begin() as transaction:
             keys = transaction.cursor().iternext(keys=True, values=False)
             return list(
-                tqdm(keys, desc="reading the keys", unit="key", total=self.count, delay=2, disable=not is_main())
+                tqdm(keys, desc="reading the keys", unit="key", total=self.entries, delay=2, disable=not is_main())
             )
 
     def __len__(self) -> int:
-        return self.count
+        return self.entries
 
     def __getitem__(self, i: Any) -> Any:
         return os.fsdecode(self.keys[i])

@@ -68,14 +68,16 @@ def load(
     or the column of labels holds something else than classes.
     """
     transform = Transform(image_size, image_channels, resize, background)
-    flag("streaming", streaming), flag("flips", flips)
-    whole_number("reference_images", reference_images), whole_number("shuffle_buffer", shuffle_buffer)
+    flag("streaming", streaming)
+    flag("flips", flips)
+    whole_number("reference_images", reference_images)
+    whole_number("shuffle_buffer", shuffle_buffer)
     fraction("max_corrupt_fraction", max_corrupt_fraction)
     place = _Place(_expanded(path), subset, revision, str(split))
     image, label = str(image_column), None if label_column is None else str(label_column)
     dataset, identity = _open(place, streaming, image, label)
     labels = _Labels(label, place, getattr(dataset.features.get(label), "num_classes", None))
-    rows = _first(dataset, reference_images, place) if streaming else dataset
+    rows: Any = _first(dataset, reference_images, place) if streaming else dataset
 
     def key() -> str:
         return digest_of((_content_of(row[image]) for row in rows) if streaming else _identity_of_rows(rows, image))
@@ -295,14 +297,14 @@ def _load(place: _Place, streaming: bool) -> tuple[Any, list[str]]:
         dataset = datasets.load_from_disk(place.path)
         if isinstance(dataset, datasets.DatasetDict):
             if place.split not in dataset:
-                raise ValueError(f"there is no such split: choose among {', '.join(dataset)}")
+                raise ValueError(f"there is no such split: choose among {', '.join(map(str, dataset))}")
             dataset = dataset[place.split]
         if not streaming:
             return dataset, []
         files = [Path(file["filename"]) for file in dataset.cache_files]
         identity = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
         return dataset.to_iterable_dataset(num_shards=min(64, len(dataset))), identity
-    named = {"name": None if place.subset is None else str(place.subset), "revision": place.revision}
+    named: dict[str, Any] = {"name": None if place.subset is None else str(place.subset), "revision": place.revision}
     if not streaming:
         return datasets.load_dataset(place.path, split=place.split, **named), []
     builder = datasets.load_dataset_builder(place.path, **named)
@@ -360,7 +362,8 @@ def _decode(encoded: dict | None) -> Image.Image:
         if "://" in encoded["path"]:
             import fsspec
 
-            with fsspec.open(encoded["path"]) as remote:
+            opened: Any = fsspec.open(encoded["path"])
+            with opened as remote:
                 return Image.open(io.BytesIO(remote.read()))
         return Image.open(encoded["path"])
     except UnidentifiedImageError as error:

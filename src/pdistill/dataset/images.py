@@ -88,7 +88,7 @@ def digest_of_images(images: Iterable[Tensor], labels: Tensor | None) -> str:
     chain, shape = b"", None
     for image in images:
         shape = tuple(image.shape)
-        chain = chained(chain, hashlib.sha256(image.contiguous().numpy()).digest())
+        chain = chained(chain, hashlib.sha256(image.contiguous().numpy().data).digest())
     return digest_of_chain(chain, shape, labels)
 
 
@@ -101,7 +101,7 @@ def digest_of_chain(chain: bytes, shape: tuple[int, ...] | None, labels: Tensor 
     """The last step of `digest_of_images`."""
     digest = hashlib.sha256(chain + str(shape).encode())
     if labels is not None:
-        digest.update(labels.contiguous().numpy())
+        digest.update(labels.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -123,7 +123,8 @@ def cifar10(path: str, *, download: bool = False, flips: bool = True) -> ImageSe
     from torchvision.datasets import CIFAR10
 
     folder = location("path", path, "give the folder that holds cifar-10-batches-py, dataset.path=<folder>")
-    flag("download", download), flag("flips", flips)
+    flag("download", download)
+    flag("flips", flips)
     try:
         data = CIFAR10(str(folder), train=True, download=download)
     except (RuntimeError, OSError, EOFError) as error:

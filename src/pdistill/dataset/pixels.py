@@ -66,6 +66,7 @@ def square_pixels(image: Image.Image, transform: Transform) -> tuple[np.ndarray,
     if side < size:
         raise ValueError(f"{image.width}x{image.height} pixels, smaller than {size}x{size}")
     mode, full = image.mode, _range_of(image)
+    _scale_transparent_level(image)
     image = _upright(image)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
@@ -77,6 +78,16 @@ def square_pixels(image: Image.Image, transform: Transform) -> tuple[np.ndarray,
     square = square.convert("L" if transform.image_channels == 1 else "RGB")
     pixels = RESIZERS[transform.resize](square, size).reshape(size, size, transform.image_channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), grey
+
+
+def _scale_transparent_level(image: Image.Image) -> None:
+    """A PNG names its transparent colour in the file's own bits, and Pillow compares it with pixels of 8 bits."""
+    clear, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    raw_mode = tile[0][3] if image.format == "PNG" and tile else None
+    if isinstance(clear, int) and raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw_mode]
+    elif isinstance(clear, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in clear)
 
 
 def _upright(image: Image.Image) -> Image.Image:
