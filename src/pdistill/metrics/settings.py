@@ -1,0 +1,56 @@
+"""Settings of the metrics group, checked when they are made; no torch, so that composing stays quick."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pdistill import registry
+from pdistill.errors import UserError
+
+LEAST_SAMPLES = 2  # of which a covariance can be had
+
+
+@dataclass
+class Metrics:
+    """With what, and with how many samples, denoisers are measured."""
+
+    extractor: Any = None
+    """A function of the dataset that gives the feature extractor; null: nothing is measured."""
+    num_samples: int = 2000
+    """Samples to measure. FID of few is biased upwards: use more than the extractor has features."""
+    every_n_updates: int | None = None
+    """Also measure every so many updates of a training; null: only at its end."""
+    teacher_curve: dict[str, Any] | None = None
+    """Also measure the teacher by itself, e.g. {steps: [1,2,4], samplers: [ddim,ancestral]}; null: do not."""
+
+    def __post_init__(self) -> None:
+        if self.extractor is not None:
+            whole("metrics.num_samples", self.num_samples, LEAST_SAMPLES)
+        if self.every_n_updates is not None:
+            whole("metrics.every_n_updates", self.every_n_updates, 1)
+        if self.teacher_curve is not None:
+            self._check_curve(self.teacher_curve)
+
+    def _check_curve(self, curve: dict[str, Any]) -> None:
+        steps, samplers = curve.get("steps"), curve.get("samplers")
+        known = registry.names("sampler")
+        fits = set(curve) == {"steps", "samplers"} and are_step_counts(steps) and isinstance(samplers, list) and samplers
+        if not fits or not all(name in known for name in samplers):
+            raise UserError(
+                f"metrics.teacher_curve={curve} must be null or list step counts and samplers, e.g. "
+                f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}} (samplers: {', '.join(known)})"
+            )
+
+
+def whole(key: str, value: object, least: int) -> None:
+    """Raises UserError unless the value of the key is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}={value} must be a whole number, at least {least}")
+
+
+def are_step_counts(values: object) -> bool:
+    """Whether this is a list of one or more whole numbers, none below 1."""
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
+    )
