@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from itertools import pairwise
 from typing import Any
 
 import pdistill
@@ -62,7 +63,9 @@ def _keys(settings: type, prefix: str, groups: set[str]) -> list[str]:
             lines += _keys(type(default), f"{prefix}{field.name}.", groups)
         elif prefix or field.name not in groups:
             shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            lines.append(f"  {prefix}{field.name}={'' if default is dataclasses.MISSING else shown}  ({_type(field.type)})")
+            lines.append(
+                f"  {prefix}{field.name}={'' if default is dataclasses.MISSING else shown}  ({_type(field.type)})"
+            )
             lines += textwrap.wrap(docs.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
 
@@ -72,8 +75,12 @@ def field_docs(settings: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for cls in reversed(settings.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for statement, doc in zip(body, body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+        for statement, doc in pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(doc, ast.Expr)
+                and isinstance(doc.value, ast.Constant)
+            ):
                 docs[ast.unparse(statement.target)] = str(doc.value.value)
     return docs
 
@@ -81,4 +88,3 @@ def field_docs(settings: type) -> dict[str, str]:
 def _type(annotation: Any) -> str:
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", None)
     return (name if name not in (None, "Optional", "Union") else str(annotation)).replace("None", "null")
-

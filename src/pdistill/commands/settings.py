@@ -1,6 +1,7 @@
 """The settings of every command: what `--help` shows, what Hydra checks the type of, and what is refused at once.
 
-Importing this module registers them with Hydra; `hydra_plugins/pdistill_settings.py` does so for whoever composes conf/.
+Importing this module registers them with Hydra; `hydra_plugins/pdistill_settings.py` does so for whoever composes
+conf/.
 """
 
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Train:
             whole("max_batch_per_device", self.max_batch_per_device, 1)
         number("label_dropout", self.label_dropout, 1)
         if self.label_dropout and not self.conditional:
-            raise UserError(f"label_dropout={self.label_dropout} hides labels that nobody looks at: add conditional=true")
+            raise UserError(f"label_dropout={self.label_dropout} hides labels that nobody reads: add conditional=true")
         check_trainer(self.trainer)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from pdistill import curve, report
+from pdistill.commands.run_directory import UNCOMPARED, flat
 from pdistill.errors import UserError
 from pdistill.report.tables import comparable
-from pdistill.commands.run_directory import UNCOMPARED, flat
 
 # Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
 PAPER_CIFAR10 = {
