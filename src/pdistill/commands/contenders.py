@@ -1,4 +1,4 @@
-"""What evaluate measures: the denoisers of a run, a denoiser by itself, or a diffusers pipeline; and against which data."""
+"""What evaluate measures: a run, a denoiser by itself or a diffusers pipeline; and against which data."""
 
 import re
 from collections.abc import Callable

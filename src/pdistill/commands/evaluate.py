@@ -169,7 +169,7 @@ class Evaluation:
     def _features(self, model: Model, contender: Contender) -> list[Tensor]:
         """Of this process's batches."""
         draw, found = self._draw(contender), []
-        title = f"{contender.label}, {contender.num_steps} steps"
+        title = f"{contender.label}, {contender.num_steps} step{'s' * (contender.num_steps > 1)}"
         for batch in my_batches(self.settings.metrics.num_samples, draw.batch_size, title):
             drawn = model.generate if isinstance(model, Pipeline) else functools.partial(generate, model)
             found += [self.extractor(to_uint8(images)).float().cpu() for images in drawn(batch, draw, self.device)]

@@ -154,8 +154,8 @@ class Pipeline:
         except Exception as error:
             trained = self.pipeline.scheduler.config.get("num_train_timesteps")
             raise UserError(
-                f"the pipeline {self.path} cannot take num_steps={num_steps} ({first_line(error)}): it was trained with "
-                f"{trained} steps, give no more"
+                f"the pipeline {self.path} cannot take num_steps={num_steps} ({first_line(error)}): it was trained "
+                f"with {trained} steps, give no more"
             ) from error
 
     def generate(self, indices: Sequence[int], draw: Draw, device: torch.device | str = "cpu") -> Iterator[Tensor]:
@@ -176,7 +176,8 @@ class Pipeline:
                 samples = torch.from_numpy(images).movedim(-1, 1).to(device) * 2 - 1  # (B, H, W, C) in [0, 1] before
             except Exception as error:  # other people's code
                 raise UserError(
-                    f"the pipeline {self.path} fails at {draw.num_steps} steps ({type(error).__name__}: {first_line(error)})"
+                    f"the pipeline {self.path} fails at {draw.num_steps} steps "
+                    f"({type(error).__name__}: {first_line(error)})"
                 ) from error
             if samples.shape[1:] != self.image_shape:
                 raise UserError(

@@ -23,7 +23,6 @@ SCORE_SPLITS = 10  # the Inception score is a mean over so many parts
 PRC_NEIGHBOURS = 3
 PRC_IMAGES = 10_000  # of either side at most: precision and recall compare every pair
 EXTRAPOLATED_FROM = 15  # sample sizes
-LEAST_EXTRAPOLATED = 20  # samples: a tenth of them must have a covariance
 
 
 def home_of_doubles(device: torch.device | str) -> torch.device | str:
@@ -39,8 +38,8 @@ def double(values: Tensor) -> Tensor:
 class FrechetDistance(Metric):
     """|m - m_r|^2 + tr(C + C_r - 2 (C_r^1/2 C C_r^1/2)^1/2) to a reference's features (Heusel et al., 2017).
 
-    The reference is set once. `update` takes features batch by batch, `compute` gives the distance of all of them, those
-    of other processes included. Sums are of differences from the reference's mean, in float64: nothing cancels.
+    The reference is set once. `update` takes features batch by batch, `compute` gives the distance of all of them,
+    those of other processes included. Sums are of differences from the reference's mean, in float64: nothing cancels.
     """
 
     is_differentiable = False
@@ -129,7 +128,8 @@ def kernel_distance(fake: Tensor, real: Tensor) -> tuple[float, float]:
 def precision_and_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
     """Improved precision and recall (Kynkaanniemi et al., 2019) with k = 3, and their binomial standard deviations.
 
-    Of more than 10,000 samples the first are taken, of the reference a fixed random subset: its order may mean something.
+    Of more than 10,000 samples the first are taken, of the reference a fixed random subset: its order may have a
+    meaning.
     """
     fake = fake[:PRC_IMAGES]
     if len(real) > PRC_IMAGES:

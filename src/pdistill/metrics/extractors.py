@@ -72,8 +72,8 @@ def _check_features(extractor: nn.Module, data: ImageSet) -> None:
     if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != (expected or features.shape[1]):
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UserError(
-            f"the extractor {extractor.name} must map images (B, C, H, W) to features (B, {expected or 'num_features'}), "
-            f"and gives {found} for two images"
+            f"the extractor {extractor.name} must map images (B, C, H, W) to features "
+            f"(B, {expected or 'num_features'}), and gives {found} for two images"
         )
     if not features.isfinite().all():
         raise UserError(f"the extractor {extractor.name} gives features that are not finite (NaN or infinite)")
@@ -208,7 +208,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.learning_rate)
         done = self._resume()
         title = f"training the classifier of {self.data.name}"
-        bar = tqdm(total=updates, initial=done, desc=title, unit="update", leave=False)
+        bar = tqdm(total=updates, initial=done, desc=title, unit="update", leave=False, delay=1)
         with bar, torch.enable_grad(), torch.inference_mode(False):
             for update in range(done, updates):
                 random = generator("classifier", update)

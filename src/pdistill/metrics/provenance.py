@@ -1,7 +1,7 @@
 """What a metric was measured with, which metrics may stand side by side, and whether their weights are still there.
 
-A row is a dict of metrics, with what they were measured with under "provenance". Rows of version 0.1.0 lack `device` and
-`denoiser_fingerprint`, and their `precision` is what was assumed, not what was in force.
+A row is a dict of metrics, with what they were measured with under "provenance". Rows of version 0.1.0 lack `device`
+and `denoiser_fingerprint`, and their `precision` is what was assumed, not what was in force.
 """
 
 import functools

@@ -27,8 +27,8 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Reference:
-    """Of all images: `mean` (num_features,) and `covariance`, in float64; `features` float32 (N, num_features) of at most
-    50,000 of them, a fixed random choice in the dataset's order, on the main process if they were asked for.
+    """Of all images: `mean` (num_features,) and `covariance`, in float64; `features` float32 (N, num_features) of at
+    most 50,000 of them, a fixed random choice in the dataset's order, on the main process if they were asked for.
     """
 
     mean: Tensor

@@ -6,7 +6,8 @@ from typing import Any
 from pdistill import registry
 from pdistill.errors import UserError
 
-LEAST_SAMPLES = 2  # of which a covariance can be had
+LEAST_SAMPLES = 2  # that have a covariance
+LEAST_EXTRAPOLATED = 20  # whose tenth has one: what FID-infinity starts from
 
 
 @dataclass
@@ -27,14 +28,16 @@ class Metrics:
             whole("metrics.num_samples", self.num_samples, LEAST_SAMPLES)
         if self.every_n_updates is not None:
             whole("metrics.every_n_updates", self.every_n_updates, 1)
-        if self.teacher_curve is not None:
-            self._check_curve(self.teacher_curve)
+        self.check_samplers()
 
-    def _check_curve(self, curve: dict[str, Any]) -> None:
-        steps, samplers = curve.get("steps"), curve.get("samplers")
-        known = registry.names("sampler")
-        fits = set(curve) == {"steps", "samplers"} and are_step_counts(steps) and isinstance(samplers, list) and samplers
-        if not fits or not all(name in known for name in samplers):
+    def check_samplers(self) -> None:
+        """Raises UserError unless `teacher_curve` lists step counts, and samplers that are built in or registered."""
+        if self.teacher_curve is None:
+            return
+        curve, known = self.teacher_curve, registry.names("sampler")
+        samplers = curve.get("samplers") if set(curve) == {"steps", "samplers"} else None
+        known_ones = isinstance(samplers, list) and samplers and all(name in known for name in samplers)
+        if not known_ones or not are_step_counts(curve["steps"]):
             raise UserError(
                 f"metrics.teacher_curve={curve} must be null or list step counts and samplers, e.g. "
                 f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}} (samplers: {', '.join(known)})"

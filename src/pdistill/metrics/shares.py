@@ -23,7 +23,7 @@ def my_batches(total: int, batch_size: int, title: str) -> Iterator[range]:
     """
     first = rank() if world_size() > 1 else 0
     starts = range(0, total, batch_size)[first :: world_size()]
-    for start in tqdm(starts, title, unit="batch", leave=False, disable=not is_main()):
+    for start in tqdm(starts, title, unit="batch", leave=False, delay=1, disable=not is_main()):
         yield range(start, min(start + batch_size, total))
 
 
