@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pdistill.denoiser import Denoiser
-from pdistill.training.distillation import DistillationModule
 from pdistill.sampling import sample
+from pdistill.training.distillation import DistillationModule
 from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import snr_plus_one
 

@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.dataset import ImageSet, digits
+from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.metrics.extractors import train_classifier
 from pdistill.metrics.reference import fid_metric, measure_fid
 

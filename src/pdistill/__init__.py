@@ -11,7 +11,7 @@ from pdistill.registry import register
 if TYPE_CHECKING:
     from pdistill.denoiser import Denoiser
     from pdistill.interop.flax import load_official_checkpoint
-    from pdistill.parameterization import V, X, Edm, Eps, Flow, XEps
+    from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
     from pdistill.sampling import ddim_step, sample
     from pdistill.schedule import CosineSchedule, EdmSchedule, FlowSchedule
     from pdistill.target import distillation_target

@@ -24,7 +24,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         for name in ("snr", "truncated_snr", "snr_plus_one", "constant", "flow", "edm")
     },
     "network": {"unet": "pdistill.network:unet"},
-    "dataset": {name: f"pdistill.dataset:{name}" for name in ("digits", "cifar10", "image_folder", "imagenet64", "lsun")}
+    "dataset": {
+        name: f"pdistill.dataset:{name}" for name in ("digits", "cifar10", "image_folder", "imagenet64", "lsun")
+    }
     | {"huggingface": "pdistill.dataset.huggingface:load"},
     "metrics": {
         "classifier": "pdistill.metrics.extractors:train_classifier",

@@ -1,7 +1,7 @@
 """Noise processes and schedules: how much signal is left at time t.
 
-z_t = alpha_t x + sigma_t eps, with logsnr_t = log(alpha_t^2 / sigma_t^2); t = 0 is data, t = 1 is noise. A schedule gives
-logsnr(t); its process says what alpha and sigma are at a log-SNR:
+z_t = alpha_t x + sigma_t eps, with logsnr_t = log(alpha_t^2 / sigma_t^2); t = 0 is data, t = 1 is noise. A schedule
+gives logsnr(t); its process says what alpha and sigma are at a log-SNR:
 
     variance preserving   alpha = sqrt sigmoid(logsnr)   sigma = sqrt sigmoid(-logsnr)     alpha^2 + sigma^2 = 1
     flow matching         alpha = sigmoid(logsnr / 2)    sigma = sigmoid(-logsnr / 2)      alpha + sigma = 1
@@ -75,7 +75,8 @@ class CosineSchedule(Schedule):
     """logsnr(t) = -2 log tan(a t + b), with a and b such that it runs from logsnr_max to logsnr_min.
 
     Both ends are exact in floating point: `logsnr_min=-inf` gives zero terminal SNR, not nearly zero.
-    Paper, Section 2 and Appendix; the paper clips at [-20, 20]. Raises ValueError where the ends are in the wrong order.
+    Paper, Section 2 and Appendix; the paper clips at [-20, 20]. Raises ValueError where the ends are in the wrong
+    order.
     """
 
     logsnr_min: float = -20.0

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pdistill import curve, report
-from pdistill.dataset.batches import to_uint8
 from pdistill.dataset import ImageSet
+from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
-from pdistill.files import write_json
 from pdistill.errors import UserError
+from pdistill.files import write_json
+from pdistill.interop.diffusers import Pipeline, is_pipeline
 from pdistill.metrics.distances import FrechetDistance, measures
-from pdistill.report.tables import REAL, cells, curves
 from pdistill.metrics.reference import frechet_distance, generate, provenance, reference
 from pdistill.report.grids import device_of, name_of
-from pdistill.interop.diffusers import Pipeline, is_pipeline
+from pdistill.report.tables import REAL, cells, curves
 from pdistill.sampling import samplers
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from pdistill.commands.arguments import Parser, directory_of, run_as_script, without_imports
-from pdistill.commands.run_directory import outputs
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.report import page, tables, wandb
@@ -20,17 +19,18 @@ def main(arguments: list[str]) -> None:
     """Writes the page that the arguments ask for and prints where. Raises UserError where they are no runs."""
     parser = Parser("pdistill report", description="A page on finished runs, or a report of a project in W&B.")
     parser.add_argument("runs", nargs="+", help="run directories, outputs/<name>, or one wandb:<entity>/<project>")
-    parser.add_argument("--output", type=Path, help="the page's file; by default report.html beside the runs")
+    parser.add_argument("--output", type=Path, help="the page's file; by default report.html beside the first run")
     settings = parser.parse_args(without_imports(arguments))
     if any(run.startswith(WANDB) for run in settings.runs):
         if len(settings.runs) > 1 or settings.output is not None:
             raise UserError("wandb:<entity>/<project> is reported in W&B: give no other run and no --output")
         print(wandb.publish(settings.runs[0].removeprefix(WANDB)))
         return
-    file = settings.output or outputs() / "report.html"
+    runs = [directory_of(run) for run in settings.runs]
+    file = settings.output or runs[0].parent / "report.html"
     if file.is_dir():
         raise UserError(f"--output={file} is a directory: give a file, e.g. --output={file / 'report.html'}")
-    page.write([directory_of(run) for run in settings.runs], file)
+    page.write(runs, file)
     print(f"wrote {file}")
 
 

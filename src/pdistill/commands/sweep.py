@@ -12,13 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pdistill.commands.arguments import Parser, directory_of, run_as_script, without_imports
-from pdistill.commands.run_directory import outputs
 from pdistill.errors import UserError, first_line
 from pdistill.files import digest_of, whole, write_text
 from pdistill.metrics.curve import STUDENTS, teacher_points
 from pdistill.metrics.provenance import comparable
 from pdistill.report import page, plots, tables, wandb
-from pdistill.report.choices import ALWAYS, Config, silent, tell_apart
+from pdistill.report.choices import ALWAYS, Config, Made, silent, tell_apart
 from pdistill.report.runs import curves_of, finite, metric_keys, ratios_of, rows_of, run_json
 
 # Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
@@ -53,13 +52,20 @@ class Job:
     choices: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     directory: Path | None = None
-    """By default <output_root>/<name>."""
+    """By default outputs/<name>."""
     elsewhere: list[dict] | None = None
     """The rows of the stages of a run that is in no directory here."""
 
     @property
     def place(self) -> Path:
-        return self.directory or outputs() / self.name
+        return self.directory or Path("outputs", self.name)
+
+    @classmethod
+    def of_result(cls, result: dict[str, Any]) -> "Job":
+        """From what a job leaves in a file: name, output_root, groups (their choices), choices (typed), and error."""
+        directory = Path(result["output_root"]).expanduser() / result["name"]
+        chosen = {k: str(v) for k, v in (result["groups"] | result["choices"]).items()}
+        return cls(result["name"], chosen, result["error"], directory)
 
     @property
     def stages(self) -> list[dict]:
@@ -83,12 +89,13 @@ class Job:
 
 
 def finish(jobs: list[Job]) -> None:
-    """Writes the table of a sweep and prints where; raises UserError if a job failed, after writing.
+    """Writes the table of a sweep, beside its runs, and prints where; raises UserError if a job failed, after writing.
 
     Jobs that differ in nothing but `seed` are one row, mean and standard deviation; the csv has a row for each job.
     """
-    names = (job.name if job.place.parent == outputs() else str(job.place) for job in jobs)
-    directory = outputs() / f"sweep-{digest_of(names)[:8]}"
+    root = jobs[0].place.parent
+    names = (job.name if job.place.parent == root else str(job.place) for job in jobs)
+    directory = root / f"sweep-{digest_of(names)[:8]}"
     rows = _rows(jobs)
     headings = list(dict.fromkeys(k for row in rows for k in row))
     with whole(directory / "ablation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -120,8 +127,8 @@ def collect(sources: list[str]) -> list[Job]:
         raise UserError("give runs to collect: directories outputs/<name>, or wandb:<entity>/<project>")
     found = [run for source in sources for run in _found(source)]
     ours = [run for run in found if run.config]
-    chosen = dict(zip(map(id, ours), tell_apart([(run.config, run.choices) for run in ours]), strict=True))
-    jobs = [Job(run.name, chosen.get(id(run), {}), run.error, run.directory, run.elsewhere) for run in found]
+    chosen = iter(tell_apart([Made(run.config, run.facts) for run in ours]))
+    jobs = [Job(run.name, next(chosen) if run.config else {}, run.error, run.directory, run.elsewhere) for run in found]
     measured = [job for job in jobs if job.provenance]
     for job in measured[1:]:
         if other := differing(measured[0], job):
@@ -139,14 +146,14 @@ def differing(a: Job, b: Job) -> list[str]:
 
 @dataclass(frozen=True)
 class Found:
-    """A run as it lies somewhere: its configuration, the names of its parts if it keeps them, and how it ended.
+    """A run as it lies somewhere: its configuration, its run.json, and how it ended.
 
     The configuration of a run of another program, in a W&B project, is empty.
     """
 
     name: str
     config: Config
-    choices: dict[str, str] | None
+    facts: dict[str, Any]
     error: str | None
     directory: Path | None = None
     elsewhere: list[dict] | None = None
@@ -165,7 +172,7 @@ def _of_directory(directory: Path) -> Found:
             f"{directory} is no run: give run directories, outputs/<name>, which hold pdistill's config.yaml"
         )
     error = None if _finished(directory) else NOT_FINISHED
-    return Found(directory.name, config, run_json(directory).get("choices"), error, directory)
+    return Found(directory.name, config, run_json(directory), error, directory)
 
 
 def _config(directory: Path) -> Config | None:
@@ -192,12 +199,12 @@ def _of_wandb(run: Any) -> Found:
     """A run of W&B. It is finished if its last stage is there: W&B's word is "finished" for interrupted runs, too."""
     config, stages = dict(run.config), wandb.stages_of(dict(run.summary))
     if "parameterization" not in config:
-        return Found(run.name, {}, None, "no run of pdistill", elsewhere=[])
+        return Found(run.name, {}, {}, "no run of pdistill", elsewhere=[])
     plan = (config.get("steps") or {}).get("plan") or [None]
     last = f"steps-{plan[-1]:04d}" if "distillation" in config and isinstance(plan[-1], int) else "teacher"
     finished = any(stage["stage"] == last for stage in stages)
     state = "" if run.state == "finished" else f" ({run.state})"
-    return Found(run.name, config, config.get("choices"), None if finished else NOT_FINISHED + state, elsewhere=stages)
+    return Found(run.name, config, {}, None if finished else NOT_FINISHED + state, elsewhere=stages)
 
 
 Row = dict[str, "str | float"]

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pdistill.files import write_json
 from pdistill.errors import UserError
+from pdistill.files import write_json
 
 CHUNK = 1024  # images between two notes of progress
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "F"}

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pdistill.dataset.batches import flip
 from pdistill.dataset import ImageSet
-from pdistill.errors import UserError
+from pdistill.dataset.batches import flip
 from pdistill.dataset.cache import Source, cached_images, crop_and_resize, digest_of, one_line
+from pdistill.errors import UserError
 from pdistill.randomness import generator, seed_of
 
 READ_AHEAD = 32  # examples asked of a stream at once

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from pdistill.dataset.batches import Batches
-from pdistill.errors import UserError
 from pdistill.dataset.cache import Source, cached_images, digest_of
+from pdistill.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def read_unet(directory: Path) -> UNet2DModel:
 
 
 def _has_words_for(denoiser: "Denoiser") -> bool:
-    """A diffusers pipeline of images alone knows v, x and eps of a variance-preserving process, and passes no labels."""
+    """A pipeline of images alone knows v, x and eps of a variance-preserving process, and passes no labels."""
     logsnr = torch.linspace(-5, 5, 11, dtype=torch.float64)
     processes = zip(denoiser.schedule.alpha_sigma(logsnr), variance_preserving(logsnr), strict=True)
     known = getattr(denoiser.parameterization, "name", None) in PREDICTION_TYPES

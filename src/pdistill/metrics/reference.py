@@ -8,12 +8,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from pdistill import __version__
-from pdistill.dataset.batches import to_uint8
 from pdistill.dataset import ImageSet
+from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
-from pdistill.metrics.extractors import cached
-from pdistill.metrics.distances import FrechetDistance
 from pdistill.files import cache_directory
+from pdistill.metrics.distances import FrechetDistance
+from pdistill.metrics.extractors import cached
 from pdistill.randomness import sample_noise
 from pdistill.sampling import sample
 

@@ -5,6 +5,7 @@ configuration names by import path.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pdistill import registry
@@ -20,7 +21,10 @@ NO_DIFFERENCE = (  # keys and groups that say where a run is, or who watches, an
     "num_workers",
     "checkpoint_every_n_updates",
     "max_batch_per_device",
+    "allow_unstable",
+    "dataset.cache",
 )
+PATH_OF_DATA = "dataset.path"  # of no interest where run.json knows the data by their content
 BY_THEIR_KEYS = ("experiment", "trainer")  # groups whose name says less than the keys that they set
 ALWAYS = ("parameterization", "weighting")  # stand in every table
 BEFORE_GROUPS = {"method": "halving", "optimizer": "adamw"}  # of runs older than these groups
@@ -33,7 +37,12 @@ MOVED = {
 def silent(key: str) -> bool:
     """True for a key of the configuration, or a group, that makes no difference to a run's result."""
     head, _, rest = key.partition(".")
-    return head in NO_DIFFERENCE or head.startswith("hydra") or (head == "trainer" and rest not in ("", "precision"))
+    return (
+        head in NO_DIFFERENCE
+        or key in NO_DIFFERENCE
+        or head.startswith("hydra")
+        or (head == "trainer" and rest not in ("", "precision"))
+    )
 
 
 def flat(config: Config, prefix: str = "") -> dict[str, str]:
@@ -83,37 +92,60 @@ def _name(group: str, path: str) -> str:
     return known or attribute
 
 
-def tell_apart(runs: Sequence[tuple[Config, Mapping[str, str] | None]]) -> list[dict[str, str]]:
-    """Of each run (configuration, choices of its run.json or None) the names of its parts, and the keys that differ.
+@dataclass(frozen=True)
+class Made:
+    """What a run was made of: its configuration, and its run.json, which is empty for a run of 0.1.0."""
 
-    Keys that follow from a group's choice are left out.
-    """
-    configs = [flat(config) for config, _ in runs]
-    older = ["optimizer" not in config for config, _ in runs]  # of 0.1.0
-    derived = [(BEFORE_GROUPS if old else {}) | names_of(config) for old, (config, _) in zip(older, runs, strict=True)]
-    kept = [choices for _, choices in runs if choices is not None]
-    if len(kept) == len(runs):
-        names = [
-            {k: str(v) for k, v in choices.items() if not silent(k) and k not in BY_THEIR_KEYS} for choices in kept
-        ]
+    config: Config
+    facts: Mapping[str, Any]
+
+    @property
+    def choices(self) -> dict[str, str] | None:
+        """The names of its parts, if it keeps them."""
+        kept = self.facts.get("choices")
+        return {k: str(v) for k, v in kept.items() if not silent(k)} if isinstance(kept, Mapping) else None
+
+    @property
+    def older(self) -> bool:
+        """Whether it is of 0.1.0."""
+        return "optimizer" not in self.config
+
+    @property
+    def derived(self) -> dict[str, str]:
+        """The names of its parts by the import paths in its configuration."""
+        return (BEFORE_GROUPS if self.older else {}) | names_of(self.config)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Its configuration as dotted keys, with what paths lead to instead of the paths, where that is known."""
+        keys = {k: v for k, v in flat(self.config).items() if not silent(k)}
+        keys |= {k: str(self.facts[k]) for k in ("teacher", "start") if self.facts.get(k)}
+        if self.facts.get("data"):
+            keys = {k: v for k, v in keys.items() if k != PATH_OF_DATA} | {"data": str(self.facts["data"])}
+        return keys
+
+
+def tell_apart(runs: Sequence[Made]) -> list[dict[str, str]]:
+    """Of each run the names of its parts, and the keys that differ; keys that follow from a choice are left out."""
+    if all(run.choices for run in runs):
+        names = [{k: v for k, v in (run.choices or {}).items() if k not in BY_THEIR_KEYS} for run in runs]
     else:  # alike for all, so that a name kept here and derived there is no difference
-        both = zip(derived, runs, strict=True)
-        names = [d | {k: str((choices or {}).get(k, d.get(k, ""))) for k in ALWAYS} for d, (_, choices) in both]
-    differing = []
-    for key in sorted({key for config in configs for key in config if not silent(key)}):
+        names = [run.derived | {k: v for k, v in (run.choices or {}).items() if k in ALWAYS} for run in runs]
+    keys, differing = [run.keys for run in runs], []
+    for key in sorted({key for of_run in keys for key in of_run}):
         # a key that a run of 0.1.0 does not have is new, and had no other value then
-        values = {c.get(key, "") for c, old in zip(configs, older, strict=True) if key in c or not old}
-        if len(values) > 1 and not _follows(key, configs, names):
+        values = {k.get(key, "") for k, run in zip(keys, runs, strict=True) if key in k or not run.older}
+        if len(values) > 1 and not _follows(key, keys, names):
             differing.append(key)
-    return [n | {key: config.get(key, "") for key in differing} for n, config in zip(names, configs, strict=True)]
+    return [n | {key: k.get(key, "") for key in differing} for n, k in zip(names, keys, strict=True)]
 
 
-def _follows(key: str, configs: list[dict[str, str]], names: list[dict[str, str]]) -> bool:
+def _follows(key: str, keys: list[dict[str, str]], names: list[dict[str, str]]) -> bool:
     """True if all runs with one choice of the key's group have one value of it: the choice says it."""
-    group = key.partition(".")[0]
+    group = "dataset" if key == "data" else key.partition(".")[0]
     values: dict[str, set[str]] = {}
-    for config, of_run in zip(configs, names, strict=True):
-        if group not in of_run:
+    for of_run, chosen in zip(keys, names, strict=True):
+        if group not in chosen:
             return False
-        values.setdefault(of_run[group], set()).add(config.get(key, ""))
+        values.setdefault(chosen[group], set()).add(of_run.get(key, ""))
     return all(len(found) == 1 for found in values.values())

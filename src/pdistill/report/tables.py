@@ -84,6 +84,8 @@ def stage_notes(rows: list[dict]) -> list[str]:
     spread = max((finite(row.get(SPREAD)) or 0.0 for row in rows), default=0.0)
     if spread > BUSY:
         notes.append(f"Timings vary by {spread:.0%}: the machine was busy.".replace("%", " %"))
+    if any("timed_steps" in row for row in rows):
+        notes.append("Long samplers were timed for a part of their steps, and the seconds scaled up.")
     number = next((row["num_samples"] for row in rows if row.get("num_samples")), None)
     if metric_keys(rows) and number:
         notes.append(f"{metric_keys(rows)[0]}: {number} samples against the training set; lower is better.")
