@@ -99,8 +99,8 @@ def test_a_run_of_the_first_version(old, capsys):
 
 def test_rows_of_weights_that_are_gone_do_not_enter(old, tiny):
     """A1: what was measured before a run was trained again is not the run's; what cannot say is marked."""
-    rows = [evaluated(old, "real images", None, 1.0), evaluated(old, "distilled", 2, 7.75)]
-    write_evaluation(old, rows)
+    rows = [evaluated(old, "distilled", num_steps, value) for num_steps, value in ((1, 8.5), (2, 7.75))]
+    write_evaluation(old, [evaluated(old, "real images", None, 1.0), *rows])
     page.write([old], Path("old.html"))
     text = Path("old.html").read_text()
     assert (

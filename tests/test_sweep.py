@@ -100,6 +100,18 @@ def test_whatever_differs_is_a_column_and_never_taken_for_a_seed(capsys):
     assert capsys.readouterr().out.startswith("\n| parameterization | weighting | experiment | fid")
 
 
+def test_teachers_and_data_are_told_apart_by_content(capsys):
+    """Paths are not: the same teacher lies at two places, or one of two at the same place."""
+    new = {"optimizer": {"_target_": "pdistill.optimizer.adamw"}}
+    for k, (teacher, weights, path) in enumerate((("t/a", "w1", "x"), ("t/b", "w1", "y"), ("t/b", "w2", "y"))):
+        made = {"version": "0.2.0", "choices": {"dataset": "image_folder"}, "teacher": weights, "data": "d1"}
+        make_run(f"r{k}", {"teacher": 2.0 + k}, new | {"teacher": teacher, "seed": k, "dataset.path": path}, made=made)
+    sweep.main(["outputs/r0", "outputs/r1", "outputs/r2"])
+    table = capsys.readouterr().out.strip().splitlines()
+    assert table[0] == "| parameterization | weighting | seed | teacher | fid_classifier teacher |"
+    assert [line.split("|")[3:5] for line in table[2:4]] == [[" 0, 1 ", " w1 "], [" 2 ", " w2 "]]
+
+
 def test_failed_and_unfinished_jobs_are_listed(capsys, outputs):
     make_run("a", {"teacher": 2.0, "steps-0002": 3.0})
     make_run("b", {"teacher": 4.0}, {"seed": 1})
@@ -108,11 +120,18 @@ def test_failed_and_unfinished_jobs_are_listed(capsys, outputs):
         sweep.main(["outputs/a", "outputs/b"])
     assert "not finished" in capsys.readouterr().out
     # as read back from what jobs in other processes left: one failed, one was killed and says nothing
-    left = [("a", {"seed": "0"}, None), ("gone", {"seed": "1"}, None), ("bad", {"seed": "2"}, "seed=-1 must be | 0")]
+    left = [("a", "0", None), ("gone", "1", None), ("bad", "2", "seed=-1 must be | 0")]
     with pytest.raises(UserError, match="2 of 3 jobs failed: gone, bad"):
-        sweep.finish([sweep.Job(*job) for job in left])
+        groups, outer = {"weighting": "mine", "trainer": "cpu"}, {"output_root": str(outputs)}
+        results = [
+            outer | {"name": name, "groups": groups, "choices": {"seed": seed}, "error": error}
+            for name, seed, error in left
+        ]
+        sweep.finish([sweep.Job.of_result(result) for result in results])
     out = capsys.readouterr().out
-    assert "not finished" in out and r"seed=-1 must be \| 0" in out and "2.000" in out
+    assert (
+        "|  | mine | 0 | 2.000 |" in out and "not finished" in out and r"seed=-1 must be \| 0" in out
+    )
     assert len(list(outputs.glob("sweep-*/ablation.csv"))) == 2
 
 

@@ -37,12 +37,8 @@ MOVED = {
 def silent(key: str) -> bool:
     """True for a key of the configuration, or a group, that makes no difference to a run's result."""
     head, _, rest = key.partition(".")
-    return (
-        head in NO_DIFFERENCE
-        or key in NO_DIFFERENCE
-        or head.startswith("hydra")
-        or (head == "trainer" and rest not in ("", "precision"))
-    )
+    where = head in NO_DIFFERENCE or key in NO_DIFFERENCE or head.startswith("hydra")
+    return where or (head == "trainer" and rest not in ("", "precision"))
 
 
 def flat(config: Config, prefix: str = "") -> dict[str, str]:
