@@ -68,7 +68,10 @@ def test_trained_distilled_sampled_and_evaluated(outside, mine):
     assert [row["num_steps"] for row in rows] == [4, 2, 1] and all(row["fid_pixels"] > 0 for row in rows)
     assert (outside / "updates.txt").read_text().split() == ["30", "8", "8"]
     described = json.loads((mine / "steps-0001" / "denoiser" / "denoiser.json").read_text())
-    assert described["parameterization"] == {"name": "half_v"} and described["schedule"] == {"name": "linear", "top": 8.0}
+    assert described["parameterization"] == {"name": "half_v"} and described["schedule"] == {
+        "name": "linear",
+        "top": 8.0,
+    }
     assert described["network"]["name"] == "tiny" and described["network"]["arguments"]["width"] == 16
     choices = json.loads((mine / "run.json").read_text())["choices"]
     assert GROUPS.items() <= choices.items()
@@ -94,7 +97,9 @@ def test_a_stopped_run_goes_on(outside, mine):
         process.kill()
     done = pdistill(outside, *command)
     assert done.returncode == 0, done.stderr
-    weights = [outside / "outputs" / name / "steps-0001/denoiser/network/model.safetensors" for name in ("mine", "again")]
+    weights = [
+        outside / "outputs" / name / "steps-0001/denoiser/network/model.safetensors" for name in ("mine", "again")
+    ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 

@@ -4,6 +4,7 @@
 `commands.train.main(cfg)` does the work.
 """
 
+import contextlib
 import importlib
 import math
 import os
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 import pdistill
 from pdistill.commands import help as help_page
 from pdistill.commands import run_directory
+from pdistill.commands.steps_key import steps_is_a_key
 from pdistill.errors import Interrupted, UserError, first_line
 from pdistill.files import read_json, write_json
 from pdistill.processes import is_main
@@ -87,7 +89,8 @@ def run(command: str, subcommand: bool = False) -> None:
 
     try:
         sweep = _prepare_sweep(arguments)
-        composed()
+        with steps_is_a_key() if command == "evaluate" else contextlib.nullcontext():
+            composed()
         if failures:
             raise failures[0]
         if sweep is not None:

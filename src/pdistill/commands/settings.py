@@ -4,14 +4,16 @@ Importing this module registers them with Hydra; `hydra_plugins/pdistill_setting
 conf/.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from pdistill import registry
 from pdistill.errors import UserError
-from pdistill.metrics.settings import Metrics
+from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
 from pdistill.training.settings import Distillation, Steps, Training, number, whole
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
@@ -134,7 +136,87 @@ class Sample:
             raise UserError(f"output={self.output} must end in .png, .jpg or .webp, e.g. output={self.output}.png")
 
 
-SETTINGS = {"train": Train, "distill": Distill, "sample": Sample}
+@dataclass
+class Evaluate:
+    """Settings of the metrics of a run, a denoiser, or a diffusers pipeline."""
+
+    denoiser: str | None = None
+    """A run's directory, one that holds denoiser.json, or one that holds model_index.json."""
+    num_steps: Any = None
+    """4, or [1,2,4,8]: network evaluations of an image; by default what the denoisers were distilled for."""
+    steps: Any = None
+    """The same by its former name."""
+    samplers: Any = field(default_factory=lambda: ["ddim"])
+    """One or a list of ddim, ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones; or all."""
+    baselines: Any = None
+    """Samplers of the run's teacher to measure too, at the same network evaluations; or all."""
+    bootstrap: int = 20
+    """Resamplings of the samples, for FID's interval; 0 for none."""
+    extrapolate: bool = False
+    """Also FID-infinity, at 15 times FID's own time."""
+    num_reference: int | None = None
+    """Images of the dataset to compare with, evenly spread; null: all."""
+    seed: int = 0
+    """Of the samples."""
+    batch_size: int = 250
+    """Images drawn at once."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: CUDA where there is one."""
+    devices: int = 1
+    """How many to share the work; the metrics are the same."""
+    name: str | None = None
+    """Of the file of metrics; by default <run>, or <run>-<stage>."""
+    output_root: str = "outputs"
+    """The metrics go to <output_root>/evaluations; what stands there and was measured alike is kept."""
+    imports: list[str] = field(default_factory=list)
+    """Modules to import first, which register parts of their own: docs/extending.md."""
+    dataset: Any = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        for key, least in {"bootstrap": 0, "seed": 0, "batch_size": 1, "devices": 1}.items():
+            whole(key, getattr(self, key), least)
+        if self.num_reference is not None:
+            whole("num_reference", self.num_reference, 2)
+        if self.num_steps is not None and self.steps is not None:
+            raise UserError(f"steps={self.steps} is the former name of num_steps={self.num_steps}: give one of them")
+        if self.extrapolate and self.metrics.extractor is not None:
+            whole("metrics.num_samples (with extrapolate=true)", self.metrics.num_samples, LEAST_EXTRAPOLATED)
+        if self.name is not None and (not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith(".")):
+            raise UserError(f"name={self.name} must be one file name of letters, digits and . + - _, e.g. name=first")
+        _ = self.step_counts, self.sampler_names, self.baseline_names
+
+    @property
+    def step_counts(self) -> list[int]:
+        """What `num_steps`, or its former name, lists. Raises UserError where that are no step counts."""
+        key = "num_steps" if self.steps is None else "steps"
+        value = getattr(self, key)
+        if value is None:
+            return []
+        counts = value if isinstance(value, list) else [value]
+        if not are_step_counts(counts):
+            raise UserError(f"{key}={value} must be whole numbers, at least 1, e.g. num_steps=4 or num_steps=[1,2,4,8]")
+        return counts
+
+    @property
+    def sampler_names(self) -> list[str]:
+        """What `samplers` lists. Raises UserError for names that are not known."""
+        return self._names("samplers")
+
+    @property
+    def baseline_names(self) -> list[str]:
+        """What `baselines` lists. Raises UserError for names that are not known."""
+        return self._names("baselines")
+
+    def _names(self, key: str) -> list[str]:
+        value, known = getattr(self, key), registry.names("sampler")
+        names = known if value == "all" else [] if value is None else value if isinstance(value, list) else [value]
+        if not all(name in known for name in names) or (key == "samplers" and not names):
+            raise UserError(f"{key}={value} must be among {', '.join(known)}, or all")
+        return names
+
+
+SETTINGS = {"train": Train, "distill": Distill, "evaluate": Evaluate, "sample": Sample}
 
 
 def register() -> None:
