@@ -1,13 +1,6 @@
-"""Pictures from a denoiser: `python sample.py denoiser=<dir> num_steps=4`. Settings: conf/sample.yaml."""
+"""Pictures from a denoiser: `python sample.py denoiser=<dir> num_steps=4`. The same as `pdistill sample`."""
 
-from pdistill import cli
-
-
-def main(cfg) -> None:
-    from pdistill.report.grids import draw
-
-    print(f"wrote {draw(cfg)}")
-
+from pdistill.commands.cli import run
 
 if __name__ == "__main__":
-    cli.run(main, "sample")
+    run("sample")

@@ -22,19 +22,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pdistill.dataset.batches import ImageDataModule, to_float, to_uint8
-from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
-from pdistill.dataset import ImageSet
-from pdistill.denoiser import Denoiser
-from pdistill.training.distillation import DistillationModule
 from pdistill.commands.evaluate import Contender, Evaluation
+from pdistill.dataset import ImageSet
+from pdistill.dataset.batches import ImageDataModule, to_float, to_uint8
+from pdistill.denoiser import Denoiser
 from pdistill.metrics.distances import FrechetDistance
 from pdistill.metrics.reference import generate
 from pdistill.parameterization import X
 from pdistill.sampling import sample
 from pdistill.schedule import CosineSchedule, alpha_sigma
-from pdistill.training.teacher import TeacherModule
+from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
+from pdistill.training.distillation import DistillationModule
 from pdistill.training.module import DenoisingModule
+from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import truncated_snr
 
 warnings.filterwarnings("ignore")

@@ -62,11 +62,11 @@ def tiny():
     def tiny(name: str = "v", channels: int = 1, size: int = 8, seed: int = 0, **options):
         from pdistill.denoiser import Denoiser
         from pdistill.network import unet
-        from pdistill.parameterization import BY_NAME
+        from pdistill.registry import find
         from pdistill.schedule import CosineSchedule
 
         torch.manual_seed(seed)
-        parameterization = BY_NAME[name]()
+        parameterization = find("parameterization", name)()
         network = unet(size, channels, parameterization.channels(channels), 32, 64, [1, 1], 1, [4], **options)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None

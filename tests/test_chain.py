@@ -134,10 +134,10 @@ def test_every_weighting_trains(run, workplace, parameterization):
 
 def test_two_processes_make_one_model_and_the_same_figures(run, workplace):
     """Through the sweep, where a second rank that re-ran the command line would start the sweep again."""
-    from pdistill.training.callbacks import FID
     from pdistill.dataset import digits
     from pdistill.denoiser import Denoiser
     from pdistill.metrics.extractors import train_classifier
+    from pdistill.training.callbacks import FID
 
     status, _, err = run("distill.py", "-m", "experiment=smoke", "trainer=ddp_cpu", "name=two", "seed=0")
     assert status == 0, err

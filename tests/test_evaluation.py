@@ -11,13 +11,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from pdistill import extractors
-from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.dataset import digits
+from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.errors import UserError
-from pdistill.metrics.extractors import inception, train_classifier
 from pdistill.metrics.distances import FrechetDistance, measures
-from pdistill.report.tables import cells, comparable
+from pdistill.metrics.extractors import inception, train_classifier
 from pdistill.metrics.reference import fid_metric, frechet_distance, measure_fid, reference
+from pdistill.report.tables import cells, comparable
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ import torch
 
 from pdistill import weighting
 from pdistill.denoiser import Denoiser
-from pdistill.training.distillation import distillation_target
-from pdistill.parameterization import BY_NAME, broadcast, x_to_eps, x_to_v
+from pdistill.parameterization import broadcast, x_to_eps, x_to_v
+from pdistill.registry import find
 from pdistill.sampling import sample
-from pdistill.schedule import CosineSchedule, alpha_sigma
+from pdistill.schedule import CosineSchedule
+from pdistill.target import distillation_target
 from pdistill.training.module import weighted_loss
+
+alpha_sigma = CosineSchedule().alpha_sigma
 
 with np.load(Path(__file__).parent / "data" / "diffusion.npz") as file:
     GOLDEN = {k: torch.from_numpy(file[k]) for k in file.files}
@@ -46,7 +49,7 @@ class StandIn(torch.nn.Module):
 
 
 def stand_in(role: str, name: str) -> Denoiser:
-    return Denoiser(StandIn(role, name == "x_eps"), BY_NAME[name](), CosineSchedule())
+    return Denoiser(StandIn(role, name == "x_eps"), find("parameterization", name)(), CosineSchedule())
 
 
 def assert_close(ours: torch.Tensor, golden: torch.Tensor) -> None:

@@ -8,11 +8,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-
 from pdistill.commands.checks import accumulated_batches
+
+from pdistill.commands.sweep import PAPER_CIFAR10
 from pdistill.errors import UserError
 from pdistill.steps import stages
-from pdistill.commands.sweep import PAPER_CIFAR10
 
 CONF = Path(__file__).parent.parent / "conf"
 COMMON = {

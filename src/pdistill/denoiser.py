@@ -18,8 +18,8 @@ from pdistill.schedule import Schedule
 class Denoiser(nn.Module):
     """`denoiser(z, t, condition=None) -> x_hat`: images (B, C, H, W) at times t (B,) to denoised images.
 
-    `condition` is None, labels (B,), or a dict of tensors whose first dimension is B. `num_steps` is the step count it was
-    distilled for (None for a teacher); `lineage` lists the step counts of its ancestors, e.g. ["teacher", 16, 8].
+    `condition` is None, labels (B,), or a dict of tensors whose first dimension is B. `num_steps` is the step count it
+    was distilled for (None for a teacher); `lineage` lists the step counts of its ancestors, e.g. ["teacher", 16, 8].
     `null_label` is the label that stands for none, where the network was trained with label dropout: its last.
     `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel.
     """
@@ -90,6 +90,12 @@ class Denoiser(nn.Module):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+    def check_storable(self) -> None:
+        """Raises UserError where `save` would: for a part that is not registered."""
+        from pdistill import storage
+
+        storage.describe(self)
 
     def save(self, directory: str | Path, grid: int | None = None) -> None:
         """Writes the directory, whole or not at all: see `storage.save`."""

@@ -17,7 +17,8 @@ from pdistill.errors import UserError
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; at the end it is flushed to the disk and takes `path`'s place.
 
-    Whoever reads `path` sees the old file or the new one, after a crash as well. If the block raises, the old one stays.
+    Whoever reads `path` sees the old file or the new one, after a crash as well. If the block raises, the old one
+    stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

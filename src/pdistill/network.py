@@ -85,8 +85,8 @@ def set_dropout(network: nn.Module, p: float) -> None:
 def call(network: nn.Module, z: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
     """The network's output (B, C', H, W) for its input z (B, C, H, W) at timestep (B,).
 
-    A network is called `network(z, timestep)`; labels are passed as `class_labels`, the tensors of a dict by their names
-    (`label` as `class_labels`). It returns a tensor, or, as diffusers' do, an object with `.sample`.
+    A network is called `network(z, timestep)`; labels are passed as `class_labels`, the tensors of a dict by their
+    names (`label` as `class_labels`). It returns a tensor, or, as diffusers' do, an object with `.sample`.
     """
     given = {"label": condition} if isinstance(condition, Tensor) else dict(condition or {})
     keywords = {"class_labels" if name == "label" else name: value for name, value in given.items()}
@@ -151,7 +151,8 @@ def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of a UNet2DModel's images. Raises UserError for another network, which does not tell."""
     if not isinstance(network, UNet2DModel):
         raise UserError(
-            f"a {type(network).__name__} does not tell the shape of its images: give Denoiser(..., image_shape=(C, H, W))"
+            f"a {type(network).__name__} does not tell the shape of its images: "
+            f"give Denoiser(..., image_shape=(C, H, W))"
         )
     size = network.config["sample_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)

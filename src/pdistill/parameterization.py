@@ -100,7 +100,8 @@ class Edm(OneImage):
     """EDM's preconditioning (Karras et al., 2022, Table 1), for data of deviation `sigma_data`, in any process.
 
     With D = alpha^2 sigma_data^2 + sigma^2 the network sees z / sqrt(D), and with its output F
-    x_hat = (alpha sigma_data^2 / D) z + (sigma sigma_data / sqrt(D)) F. At sigma_data = 1 and alpha^2 + sigma^2 = 1, F = -v.
+    x_hat = (alpha sigma_data^2 / D) z + (sigma sigma_data / sqrt(D)) F. At sigma_data = 1 and alpha^2 + sigma^2 = 1, F
+    = -v.
     """
 
     sigma_data: float = 0.5

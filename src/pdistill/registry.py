@@ -17,14 +17,21 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
     "schedule": {
         name: f"pdistill.schedule:{cls}"
-        for name, cls in {"cosine": "CosineSchedule", "flow": "FlowSchedule", "edm": "EdmSchedule"}.items()
+        for name, cls in {
+            "cosine": "CosineSchedule",
+            "flow": "FlowSchedule",
+            "edm": "EdmSchedule",
+            "betas": "BetaSchedule",
+        }.items()
     },
     "weighting": {
         name: f"pdistill.weighting:{name}"
         for name in ("snr", "truncated_snr", "snr_plus_one", "constant", "flow", "edm")
     },
     "network": {"unet": "pdistill.network:unet"},
-    "dataset": {name: f"pdistill.dataset:{name}" for name in ("digits", "cifar10", "image_folder", "imagenet64", "lsun")}
+    "dataset": {
+        name: f"pdistill.dataset:{name}" for name in ("digits", "cifar10", "image_folder", "imagenet64", "lsun")
+    }
     | {"huggingface": "pdistill.dataset.huggingface:load"},
     "metrics": {
         "classifier": "pdistill.metrics.extractors:train_classifier",

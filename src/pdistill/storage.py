@@ -5,11 +5,11 @@ diffusers pipeline (`model_index.json`, `unet/`, `scheduler/`), which diffusers 
 weights are in `network/`. Nothing is imported because a file says so: a name must be built in or registered.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,19 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     preserving) or the condition (classes). Raises UserError for a part that is not registered.
     """
     grid = grid or denoiser.num_steps or DEFAULT_GRID
+    description = describe(denoiser) | {"pipeline_steps": grid, "fingerprint": denoiser.fingerprint}
+    weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}
+    with whole_directory(directory) as temporary:
+        if isinstance(denoiser.network, UNet2DModel):
+            pipelines.write_unet(denoiser, weights, grid, temporary)
+        else:
+            (temporary / WEIGHTS).parent.mkdir()
+            save_file(weights, temporary / WEIGHTS)
+        write_json(temporary / "denoiser.json", description)
+
+
+def describe(denoiser: Denoiser) -> dict[str, Any]:
+    """What `denoiser.json` says of a denoiser's parts. Raises UserError for a part that a file cannot name."""
     made = networks.description(denoiser.network)
     description = {
         "format": FORMAT,
@@ -46,20 +59,12 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
         "num_steps": denoiser.num_steps,
         "lineage": denoiser.lineage,
         "null_label": denoiser.null_label,
-        "pipeline_steps": grid,
-        "fingerprint": denoiser.fingerprint,
     }
-    weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}
-    with whole_directory(directory) as temporary:
-        if isinstance(denoiser.network, UNet2DModel):
-            pipelines.write_unet(denoiser, weights, grid, temporary)
-        else:
-            (temporary / WEIGHTS).parent.mkdir()
-            save_file(weights, temporary / WEIGHTS)
-        try:
-            write_json(temporary / "denoiser.json", description)
-        except TypeError as error:
-            raise UserError(f"the arguments of {made['name']} do not fit into JSON ({error}): {made}") from error
+    try:
+        json.dumps(description)
+    except TypeError as error:
+        raise UserError(f"the arguments of a part do not fit into JSON ({error}): {description}") from error
+    return description
 
 
 def load(directory: Path, cls: type[D] = Denoiser) -> D:

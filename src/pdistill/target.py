@@ -20,10 +20,10 @@ def distillation_target(
 ) -> Tensor:
     """The x that a student step of size 1/num_steps must predict to land where `teacher_steps` of the teacher's do.
 
-    z_t (B, C, H, W); t (B,), multiples of 1/num_steps above 0; `teacher(z, t, condition) -> x_hat` has a `schedule`. The
-    teacher's DDIM steps compose to z_s = (sigma_s / sigma_t) z_t + sum_j c_j x_j, and a student step to
-    (sigma_s / sigma_t) z_t + (sum_j c_j) x, so the target is sum_j c_j x_j / sum_j c_j: a convex combination of the
-    teacher's predictions, from which z has cancelled. The sums obey c <- r c with r = sigma_{next} / sigma_{now}, then add
+    z_t (B, C, H, W); t (B,), multiples of 1/num_steps above 0; `teacher(z, t, condition) -> x_hat` has a `schedule`.
+    The teacher's DDIM steps compose to z_s = (sigma_s / sigma_t) z_t + sum_j c_j x_j, and a student step to (sigma_s /
+    sigma_t) z_t + (sum_j c_j) x, so the target is sum_j c_j x_j / sum_j c_j: a convex combination of the teacher's
+    predictions, from which z has cancelled. The sums obey c <- r c with r = sigma_{next} / sigma_{now}, then add
     alpha_{next} - r alpha_{now}; at s = 0, r = 0 and the target is the last prediction. Holds for every process.
     """
     schedule = teacher.schedule

@@ -1,266 +1,255 @@
-"""FID, KID, Inception score, precision and recall of denoisers, with intervals and provenance: what evaluate.py does.
+"""`pdistill evaluate`: FID, KID, Inception score, precision and recall of denoisers, with intervals and provenance.
 
-Images go from the sampler to the extractor in memory, and all metrics share one pass of features.
+Images go from the sampler to the extractor in memory, and all metrics share one pass of features. A row is written as
+soon as it is measured, to <output_root>/evaluations/, beside what stands there; a table and a curve follow.
 """
 
-import json
+import functools
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
-from lightning import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from pdistill import curve, report
-from pdistill.dataset.batches import to_uint8
+from pdistill.commands.contenders import Contender, Model, contenders, load, place_of, reference_set, run_of
+from pdistill.commands.sample import name_of
+from pdistill.commands.settings import Evaluate, settings_of
 from pdistill.dataset import ImageSet
-from pdistill.denoiser import Denoiser
-from pdistill.files import write_json
-from pdistill.errors import UserError
-from pdistill.metrics.distances import FrechetDistance, measures
+from pdistill.dataset.batches import to_uint8
+from pdistill.errors import UserError, first_line
+from pdistill.files import locked, read_json, write_json, write_text
+from pdistill.interop.diffusers import Pipeline
+from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measures, moments
+from pdistill.metrics.extractors import build, metric_name
+from pdistill.metrics.provenance import Provenance, current, drawn_by, is_stale, measured_with, replaces, same
+from pdistill.metrics.reference import REFERENCE_FEATURES, reference
+from pdistill.metrics.shares import in_order, leads, my_batches, together
+from pdistill.processes import device_of, is_main, of_main
+from pdistill.report import plots
 from pdistill.report.tables import REAL, cells, curves
-from pdistill.metrics.reference import frechet_distance, generate, provenance, reference
-from pdistill.report.grids import device_of, name_of
-from pdistill.interop.diffusers import Pipeline, is_pipeline
-from pdistill.sampling import samplers
+from pdistill.sampling import Draw, generate
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One row to measure; rows of one `label` are one curve."""
-
-    label: str
-    path: str
-    sampler: str
-    num_steps: int
+def main(cfg: DictConfig) -> None:
+    """Measures, and prints the table."""
+    file = evaluate(settings_of(cfg))
+    if is_main():
+        show(file)
 
 
-def evaluate(cfg: DictConfig) -> Path:
+def evaluate(settings: Evaluate) -> Path:
     """Measures what `contenders` lists; returns the JSON file of rows.
 
-    Rows that stand there with the same provenance are kept. Raises UserError before any work where the settings do
-    not fit.
+    Rows that stand there of the same weights, measured alike, are kept. Raises UserError before any work where the
+    settings do not fit.
     """
-    for key, least in {"batch_size": 1, "devices": 1, "bootstrap": 0, "metrics.num_samples": 2, "seed": 0}.items():
-        value = OmegaConf.select(cfg, key)
-        if cfg.metrics.extractor is not None and not (isinstance(value, int) and value >= least):
-            raise UserError(f"{key}={value} must be a whole number, at least {least}")
-    rows_to_measure = contenders(cfg)
-    data = _reference_set(cfg)
-    models = {c.path: _load(c.path) for c in rows_to_measure}
-    for path, model in models.items():
-        if data.image_shape != model.image_shape:
-            raise UserError(
-                f"denoiser={path} makes images of shape {model.image_shape} and {data.name} holds "
-                f"{data.image_shape}: give the dataset that it was trained on"
-            )
-    strategy = "auto" if cfg.devices == 1 else "ddp"
-    fabric = Fabric(accelerator=device_of(cfg.device).type, devices=cfg.devices, strategy=strategy)
-    fabric.launch()
-    file = Path("outputs/evaluations") / f"{cfg.name or _name(cfg)}.json"
-    rows = json.loads(file.read_text()) if file.exists() else []
-    fabric.barrier()  # all have read it before one writes
-    evaluation = Evaluation(cfg, data, fabric)
-    tasks = [(evaluation.provenance_of_real(), evaluation.floor)]
-    tasks += [(evaluation.provenance_of(c), partial(evaluation.figures, models[c.path], c)) for c in rows_to_measure]
-    for made_with, measure in tasks:
-        if any(_same(row["provenance"], made_with) for row in rows):
+    if settings.metrics.extractor is None:
+        raise UserError("metrics=none measures nothing: use metrics=classifier or metrics=inception")
+    device = device_of(settings.device)
+    loaded = functools.cache(load)
+    to_measure = contenders(settings, loaded)
+    models = {c.path: loaded(c.path) for c in to_measure}
+    shapes = {model.image_shape for model in models.values()}
+    if len(shapes) > 1:
+        raise UserError(f"denoiser={settings.denoiser} holds denoisers of images of several shapes: {sorted(shapes)}")
+    data = reference_set(settings, shapes.pop())
+    device = _start_processes(settings, device)
+    rows = Rows(Path(settings.output_root).expanduser() / "evaluations" / f"{settings.name or _name(settings)}.json")
+    evaluation = Evaluation(settings, data, device)
+    for made_with, measure in evaluation.tasks(to_measure, models):
+        if of_main(rows.holds(made_with) if is_main() else None):
             continue
         start = time.perf_counter()
-        row = measure()
-        rows.append(row | {"provenance": made_with, "seconds": time.perf_counter() - start})
-        if fabric.is_global_zero:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, rows)
-    if fabric.is_global_zero:
-        _write_table_and_curve(file, rows)
-        if (Path(cfg.denoiser) / "summary.json").exists():
-            report.write([Path(cfg.denoiser)], Path(cfg.denoiser) / "report.html")
-    fabric.barrier()
-    return file
+        row = measure() | {"provenance": made_with, "seconds": time.perf_counter() - start}
+        if is_main():
+            rows.add(row)
+    if is_main():
+        rows.write_table_and_curve()
+        _write_report(place_of(settings))
+    return rows.file
 
 
-def contenders(cfg: DictConfig) -> list[Contender]:
-    """What is to be measured: a denoiser or a diffusers pipeline at `num_steps` by `samplers`; of a run directory each
-    student at its own step count and the teacher, as far as `baselines` goes, at all of these.
+def _start_processes(settings: Evaluate, device: torch.device) -> torch.device:
+    """One process for each of several devices; returns this one's device."""
+    if settings.devices == 1:
+        return device
+    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
+        raise UserError(f"devices={settings.devices}: this machine has {torch.cuda.device_count()}")
+    from lightning import Fabric
 
-    Raises UserError where that is nothing, or cannot be.
-    """
-    if cfg.denoiser is None:
-        raise UserError("denoiser=<directory> is missing, e.g. denoiser=outputs/demo/steps-0004/denoiser")
-    path = Path(cfg.denoiser)
-    students = sorted(path.glob("steps-*/denoiser"))
-    if students:
-        own_steps = [int(student.parent.name.removeprefix("steps-")) for student in students]
-        found = [Contender("distilled", str(p), "ddim", n) for p, n in zip(students, own_steps, strict=True)]
-        teacher, default = path / "teacher" / "denoiser", own_steps
-    else:
-        made_for = None if is_pipeline(path) else Denoiser.load(path).num_steps
-        default = [made_for] if made_for else []
-        found, teacher = [], path.parent.parent / "teacher" / "denoiser"
-    steps = [cfg.num_steps] if isinstance(cfg.num_steps, int) else list(cfg.num_steps or default)
-    if not steps:
-        raise UserError(f"denoiser={cfg.denoiser} is made for no step count of its own: give steps=[...]")
-    if not all(isinstance(n, int) and n > 0 for n in steps):
-        raise UserError(f"steps={steps} must be whole numbers, at least 1, e.g. steps=[1,2,4,8]")
-    chosen = {}
-    for key in ("samplers", "baselines"):
-        names = cfg[key] or []
-        chosen[key] = samplers() if names == "all" else [names] if isinstance(names, str) else list(names)
-        if unknown := set(chosen[key]) - set(samplers()):
-            raise UserError(f"{key}={','.join(sorted(unknown))} must be among {', '.join(samplers())}, or all")
-    if is_pipeline(path):
-        found += [Contender(f"{path.name}, own scheduler", str(path), "own", n) for n in steps]
-    elif not students:
-        own = "teacher" if path.parent.name == "teacher" else "denoiser"
-        found += [Contender(f"{own}, {name}", str(path), name, n) for name in chosen["samplers"] for n in steps]
-    if chosen["baselines"] and not teacher.exists():
-        raise UserError(f"baselines={cfg.baselines} are samplers of the teacher, and there is none at {teacher}")
-    found += [Contender(f"teacher, {name}", str(teacher), name, n) for name in chosen["baselines"] for n in steps]
-    return list(dict.fromkeys(found))
+    try:
+        fabric = Fabric(accelerator=device.type, devices=settings.devices, strategy="ddp")
+        fabric.launch()
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"devices={settings.devices} cannot be started with device={settings.device} ({first_line(error)})"
+        ) from error
+    return fabric.device
+
+
+def _name(settings: Evaluate) -> str:
+    path = place_of(settings)
+    return name_of(path) if path.name == "denoiser" else path.resolve().name
+
+
+def _write_report(path: Path) -> None:
+    """The run's page, with what was measured now."""
+    if (path / "summary.json").exists() and run_of(path) == path:
+        from pdistill.report import page
+
+        page.write([path], path / "report.html")
 
 
 class Evaluation:
     """The extractor, what it says of the reference, and how samples are measured against that."""
 
-    def __init__(self, cfg: DictConfig, data: ImageSet, fabric: Fabric) -> None:
-        if cfg.metrics.extractor is None:
-            raise UserError("metrics=none measures nothing: use metrics=classifier or metrics=inception")
-        self.cfg, self.data, self.fabric = cfg, data, fabric
-        extractor: nn.Module = instantiate(cfg.metrics.extractor)(data)
-        self.extractor = extractor.to(fabric.device)
-        measured = reference(extractor, data, fabric.device)
-        self.real = measured["features"]
-        self.distance = frechet_distance(measured, fabric.device)
-        if fabric.is_global_zero and cfg.metrics.num_samples <= extractor.num_features:
+    def __init__(self, settings: Evaluate, data: ImageSet, device: torch.device) -> None:
+        self.settings, self.data, self.device = settings, data, device
+        self.extractor = build(instantiate(settings.metrics.extractor), data, device).to(device)
+        measured = reference(self.extractor, data, device)
+        self.real = measured.features  # on the process that leads
+        self.distance = FrechetDistance(measured.mean, measured.covariance).to(home_of_doubles(device))
+        if is_main() and settings.metrics.num_samples <= len(measured.mean):
             print(
-                f"warning: {cfg.metrics.num_samples} samples for {extractor.num_features} features: the covariance is "
+                f"warning: {settings.metrics.num_samples} samples for {len(measured.mean)} features: the covariance is "
                 f"singular and FID far too high; the row of {REAL} says how high"
             )
 
-    def provenance_of(self, contender: Contender) -> dict[str, object]:
-        cfg, c = self.cfg, contender
-        made_with = provenance(self.extractor, self.data, cfg.metrics.num_samples, cfg.seed, c.num_steps, c.sampler)
-        return made_with | {"denoiser": c.path, "label": c.label, "intervals": self._intervals}
-
-    def provenance_of_real(self) -> dict[str, object]:
-        size = min(self.cfg.metrics.num_samples, len(self.real) // 2)
-        made_with = provenance(self.extractor, self.data, size, self.cfg.seed, None, "two halves")
-        return made_with | {"denoiser": None, "label": REAL, "intervals": self._intervals}
+    def tasks(self, rows: list[Contender], models: dict[str, Model]) -> list[tuple[Provenance, Callable[[], Row]]]:
+        """What each row is measured with, and how; first the floor, where there are images for two halves of it."""
+        fingerprints = {path: model.fingerprint for path, model in models.items()}
+        found: list[tuple[Provenance, Callable[[], Row]]] = []
+        if self._half > 1:
+            found.append((self._provenance_of_real(), self.floor))
+        for c in rows:
+            model = models[c.path]
+            clip = model.clip if isinstance(model, Pipeline) else self._draw(c).clip
+            made_with = self._shared(self.settings.metrics.num_samples)
+            made_with |= drawn_by(fingerprints[c.path], c.sampler, c.num_steps, clip)
+            made_with |= {"denoiser": c.path, "label": c.label}
+            found.append((made_with, functools.partial(self.metrics, model, c)))
+        return found
 
     @property
-    def _intervals(self) -> dict[str, object]:
-        return {"bootstrap": self.cfg.bootstrap, "extrapolate": self.cfg.extrapolate}
+    def _half(self) -> int:
+        """How many real images are measured against others."""
+        return min(self.settings.metrics.num_samples, min(len(self.data.images), REFERENCE_FEATURES) // 2)
+
+    def _provenance_of_real(self) -> Provenance:
+        made_with = self._shared(self._half) | drawn_by(None, "two halves", None, None)
+        return made_with | {"denoiser": None, "label": REAL}
+
+    def _shared(self, num_samples: int) -> Provenance:
+        made_with = measured_with(self.extractor, self.data, num_samples, self.settings.seed, self.device)
+        return made_with | {
+            "intervals": {"bootstrap": self.settings.bootstrap, "extrapolate": self.settings.extrapolate}
+        }
+
+    def _draw(self, contender: Contender) -> Draw:
+        sampler = "ddim" if contender.sampler == "own" else contender.sampler
+        return Draw(contender.num_steps, self.settings.seed, self.settings.batch_size, sampler)
+
+    def metrics(self, model: Model, contender: Contender) -> Row:
+        """The metrics of samples, shared among processes: the same samples in the same batches for any number."""
+        model.to(self.device)
+        features = in_order(together(lambda: self._features(model, contender)))
+        model.to("cpu")
+        return self._on_main(lambda: self._measures(torch.cat(features), self.real, self.distance))
 
     @torch.inference_mode()
-    def figures(self, model: "Denoiser | Pipeline", contender: Contender) -> dict[str, float | None]:
-        """The metrics of samples, split over devices by index: the same samples in the same batches on any number."""
-        fabric, size, total = self.fabric, self.cfg.batch_size, self.cfg.metrics.num_samples
-        model.to(fabric.device)
-        starts = range(0, total, size)
+    def _features(self, model: Model, contender: Contender) -> list[Tensor]:
+        """Of this process's batches."""
+        draw, found = self._draw(contender), []
+        title = f"{contender.label}, {contender.num_steps} step{'s' * (contender.num_steps > 1)}"
+        for batch in my_batches(self.settings.metrics.num_samples, draw.batch_size, title):
+            drawn = model.generate if isinstance(model, Pipeline) else functools.partial(generate, model)
+            found += [self.extractor(to_uint8(images)).float().cpu() for images in drawn(batch, draw, self.device)]
+        return found
 
-        def batches(rank: int) -> Iterator[Tensor]:
-            mine = starts[rank :: fabric.world_size]
-            title = f"{contender.label}, {contender.num_steps} steps"
-            for start in tqdm(mine, title, unit="batch", leave=False, disable=rank > 0):
-                settings = (
-                    range(start, min(start + size, total)),
-                    contender.num_steps,
-                    self.cfg.seed,
-                    size,
-                    fabric.device,
-                )
-                if isinstance(model, Pipeline):
-                    yield from model.generate(*settings)
-                else:
-                    yield from generate(model, *settings, sampler=contender.sampler)
-
-        mine = [self._features(to_uint8(images)) for images in batches(fabric.global_rank)]
-        return self._measures(torch.cat(_interleaved(mine)), self.real, self.distance)
-
-    @torch.inference_mode()
-    def floor(self) -> dict[str, float | None]:
+    def floor(self) -> Row:
         """The metrics between two halves of the real images, at the number of samples, or as near as they get.
 
         FID of finite samples is biased upwards: this much of it is not the sampler's fault.
         """
-        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(self.cfg.seed))
-        size = self.provenance_of_real()["num_samples"]
-        half, other = self.real[order[:size]], self.real[order[size:]]
-        square = other.to(self.fabric.device, torch.float64)
-        return self._measures(half, other, FrechetDistance(square.mean(0), torch.cov(square.T)))
 
-    def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance) -> dict[str, float | None]:
+        def between_halves() -> Row:
+            order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(self.settings.seed))
+            half, other = self.real[order[: self._half]], self.real[order[self._half :]]
+            distance = FrechetDistance(*moments(other.to(self.device)))
+            return self._measures(half, other, distance)
+
+        return self._on_main(between_halves)
+
+    def _on_main(self, measure: Callable[[], Row]) -> Row:
+        """The features are there on one process; its errors are all processes'."""
+        return of_main(together(lambda: measure() if leads() else None))
+
+    @torch.inference_mode()
+    def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance) -> Row:
         """Under names that say the extractor: `fid`, `kid` and `is` are Inception's alone."""
-        device, cfg = self.fabric.device, self.cfg
-        logits, options = self.extractor.logits, (cfg.bootstrap, cfg.extrapolate)
-        row = measures(fake.to(device), real.to(device), distance, logits, *options)
-        suffix = "" if self.extractor.name == "inception" else f"_{self.extractor.name}"
-        return {re.sub("^(fid|kid|is)", rf"\1{suffix}", key): value for key, value in row.items()}
-
-    def _features(self, images: Tensor) -> Tensor:
-        return self.extractor(images).float().cpu()
+        settings, logits = self.settings, getattr(self.extractor, "logits", None)
+        fake, real = fake.to(self.device), real.to(self.device)
+        row = measures(fake, real, distance, logits, settings.bootstrap, settings.extrapolate)
+        named = {metric: metric_name(metric, self.extractor) for metric in ("fid", "kid", "is")}
+        return {re.sub("^(fid|kid|is)(?=_|$)", lambda m: named[m[0]], key): value for key, value in row.items()}
 
 
-def _interleaved(mine: list[Tensor]) -> list[Tensor]:
-    """Every rank's batches in the order of the samples, on every rank; ranks may have made none."""
-    if not torch.distributed.is_initialized():
-        return mine
-    everyones: list[list[Tensor]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyones, mine)
-    return [of_rank[i] for i in range(len(everyones[0])) for of_rank in everyones if i < len(of_rank)]
+class Rows:
+    """The file of rows, to which several processes may add at the same time."""
 
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.lock = file.with_name(f".{file.name}.lock")
+        if is_main():
+            with locked(self.lock):
+                rows = self.read()
+                if kept := [row for row in rows if is_stale(row)]:
+                    write_json(file, [row for row in rows if row not in kept])
 
-def _load(path: str) -> "Denoiser | Pipeline":
-    return Pipeline.load(path) if is_pipeline(Path(path)) else Denoiser.load(path)
+    def read(self) -> list[Row]:
+        """Raises UserError for a file that is damaged."""
+        rows = read_json(self.file, [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "provenance" in row for row in rows):
+            raise UserError(f"{self.file} holds no rows of metrics: move it away, or give another name=...")
+        return rows
 
+    def holds(self, made_with: Provenance) -> bool:
+        """Whether the same measurement stands there."""
+        return any(same(row["provenance"], made_with) for row in self.read())
 
-def _reference_set(cfg: DictConfig) -> ImageSet:
-    """The dataset, or `num_reference` of its images, evenly spread."""
-    data: ImageSet = instantiate(cfg.dataset)
-    if cfg.num_reference is None:
-        return data
-    if not 2 <= cfg.num_reference <= len(data.images):
-        raise UserError(
-            f"num_reference={cfg.num_reference} must be 2 to {len(data.images)}, the images of {data.name}, or null "
-            f"for all of them"
-        )
-    index = torch.from_numpy(np.linspace(0, len(data.images) - 1, cfg.num_reference).round().astype(np.int64))
-    labels = None if data.labels is None else data.labels[index]
-    return ImageSet(f"{data.name}, {cfg.num_reference} images", data.images[index], labels, data.flips)
+    def add(self, row: Row) -> None:
+        """Puts a row beside those that are there now, in the place of what it replaces."""
+        with locked(self.lock):
+            rows = [old for old in self.read() if not replaces(row["provenance"], old["provenance"])]
+            write_json(self.file, [*rows, row])
 
-
-def _name(cfg: DictConfig) -> str:
-    path = Path(cfg.denoiser)
-    return name_of(path) if path.name == "denoiser" else path.resolve().name
-
-
-def _same(ours: dict, theirs: dict) -> bool:
-    return {k: v for k, v in ours.items() if k != "version"} == {k: v for k, v in theirs.items() if k != "version"}
-
-
-def _write_table_and_curve(file: Path, rows: list[dict]) -> None:
-    headings, lines, notes = cells(rows)
-    table = ["| " + " | ".join(row) + " |" for row in (headings, ["---", *["---:"] * (len(headings) - 1)], *lines)]
-    file.with_suffix(".md").write_text("\n".join([*table, "", *notes]).rstrip() + "\n")
-    metric, found = curves(rows)
-    if any(len(points) > 1 for points in found.values()) or len(found) > 1:
-        curve.plot(found, metric, file.with_suffix(".png"))
+    def write_table_and_curve(self) -> None:
+        """<name>.md and, where there is more than a point, <name>.png."""
+        with locked(self.lock):
+            rows = current(self.read())
+            headings, lines, notes = cells(rows)
+            rule = ["---", *["---:"] * (len(headings) - 1)]
+            table = ["| " + " | ".join(row) + " |" for row in (headings, rule, *lines)]
+            write_text(self.file.with_suffix(".md"), "\n".join([*table, "", *notes]).rstrip() + "\n")
+            metric, found = curves(rows)
+            if metric and (any(len(points) > 1 for points in found.values()) or len(found) > 1):
+                plots.plot(found, metric, self.file.with_suffix(".png"))
+            else:
+                self.file.with_suffix(".png").unlink(missing_ok=True)
 
 
 def show(file: Path) -> None:
     """Prints the rows of an evaluation as a table."""
-    headings, lines, notes = cells(json.loads(file.read_text()))
+    headings, lines, notes = cells(current(Rows(file).read()))
     table = Table(title=file.stem)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
@@ -271,4 +260,4 @@ def show(file: Path) -> None:
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)
-    console.print(f"figures with their provenance: {file} and .md", soft_wrap=True)
+    console.print(f"metrics with their provenance: {file} and .md", soft_wrap=True)

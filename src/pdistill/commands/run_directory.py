@@ -1,28 +1,56 @@
-"""The run directory `outputs/<name>/`: its name, its configuration, and who may write to it."""
+"""The run directory `<output_root>/<name>/`: its name, what it was made of, and who may write to it.
+
+config.yaml is the composed configuration; run.json the facts that no configuration tells: the version, the names that
+were chosen in each group, and what the given teacher and the data were, by their content.
+"""
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from pdistill import __version__
 from pdistill.errors import UserError
+from pdistill.files import digest_of_file, read_json, whole, write_json
+from pdistill.processes import is_main
 
 # Groups that say what is computed; the others say where, or who watches.
-NAMED_GROUPS = ("dataset", "network", "schedule", "parameterization", "weighting", "steps", "metrics")
+NAMED_GROUPS = (
+    "dataset",
+    "network",
+    "schedule",
+    "parameterization",
+    "weighting",
+    "optimizer",
+    "method",
+    "steps",
+    "metrics",
+)
+ALWAYS_NAMED = ("dataset", "parameterization", "weighting", "schedule", "steps")
 # Keys that change nothing in the result, and so may differ when a run is resumed.
 UNCOMPARED = (
     "name",
+    "output_root",
     "overwrite",
     "trainer",
     "logger",
+    "callbacks",
+    "imports",
     "num_workers",
     "checkpoint_every_n_updates",
     "max_batch_per_device",
+    "allow_unstable",
 )
+BY_CONTENT = ("teacher", "dataset.path", "dataset.cache", "start")  # paths: what they lead to is compared instead
+LONGEST_NAME = 120  # W&B takes 128 characters
+SWEPT = "PDISTILL_SWEPT"  # of a sweep's jobs, in whatever process: the keys that differ between them
 
 
 def run_name() -> str:
@@ -31,58 +59,145 @@ def run_name() -> str:
     No time stamp: the same command has the same name, and so resumes. Nothing in it needs quotes in an override.
     """
     hydra = HydraConfig.get()
-    choices, typed = hydra.runtime.choices, dict(o.lstrip("+~").split("=", 1) for o in hydra.overrides.task if "=" in o)
+    choices, typed = hydra.runtime.choices, typed_overrides(hydra.overrides.task)
     if choices.get("experiment"):
         parts = [choices["experiment"].replace("/", "_")] + [choices[g] for g in NAMED_GROUPS if g in typed]
     else:
-        always = ("dataset", "parameterization", "weighting", "schedule", "steps")
-        parts = [choices[g] for g in always] + [choices[g] for g in ("network", "metrics") if g in typed]
+        parts = [choices[g] for g in ALWAYS_NAMED]
+        parts += [choices[g] for g in NAMED_GROUPS if g in typed and g not in ALWAYS_NAMED]
     if hydra.job.config_name == "train":
         parts.append("teacher")
+    return shortened([*parts, *_keys_in_words(typed)])
+
+
+def sweep_name(prefix: str, overrides: list[str]) -> str:
+    """The name of a sweep's job: the prefix that was given, and what the sweep varies."""
+    swept = os.environ.get(SWEPT, "").split()
+    typed = {k: v for k, v in typed_overrides(overrides).items() if k in swept}
+    groups = [v for k, v in typed.items() if k in NAMED_GROUPS or k == "experiment"]
+    others = [f"{k}-{v}" for k, v in sorted(typed.items()) if k not in (*NAMED_GROUPS, "experiment")]
+    return shortened([prefix, *groups, *others])
+
+
+def typed_overrides(overrides: list[str]) -> dict[str, str]:
+    """The overrides "key=value" of a command line, without their signs."""
+    return dict(o.lstrip("+~").split("=", 1) for o in overrides if "=" in o)
+
+
+def _keys_in_words(typed: dict[str, str]) -> list[str]:
     silent = (*NAMED_GROUPS, *UNCOMPARED, "experiment")
-    parts += [
+    return [
         f"{k}-{v}"
         for k, v in sorted(typed.items())
         if k.split(".")[0] not in silent or ("." in k and k.split(".")[0] in NAMED_GROUPS)
     ]
-    name = re.sub(r"[\[\]'\"]", "", "-".join(parts))
-    return re.sub(r"[^\w.+-]+", "_", name).strip("_")[:200]
+
+
+def shortened(parts: list[str]) -> str:
+    """One directory name, at most 120 characters long: a long one ends in a hash of the whole."""
+    name = re.sub(r"[^\w.+-]+", "_", re.sub(r"[\[\]{}'\"]", "", "-".join(parts))).strip("_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
-def is_main_process() -> bool:
-    """False in the processes that Lightning starts for further devices."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+def directory_of(name: str, output_root: str) -> Path:
+    """The run's directory. Raises UserError for a name that is not a plain directory name."""
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".") or len(name.encode()) > 200:
+        raise UserError(
+            f"name={name} must be one directory name of letters, digits and . + - _, at most 200 bytes, e.g. name=first"
+        )
+    return Path(output_root).expanduser() / name
 
 
 def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
-    """outputs/<name>, and whether the run there is finished, that is, holds the file `result`.
+    """The run's directory, and whether the run there is finished, that is, holds the file `result`.
 
     Raises UserError for a name that is not a plain directory name, and, unless cfg.overwrite, for a directory
-    that is no run or holds one with another configuration.
+    that is no run, holds one with another configuration or teacher, or an unfinished one of another version.
     """
-    name = str(cfg.name)
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise UserError(f"name={name} must be one directory name of letters, digits and . + - _")
-    directory = Path("outputs") / name
+    directory = directory_of(str(cfg.name), cfg.output_root)
     if cfg.overwrite or not directory.exists():
         return directory, False
-    if not (directory / "config.yaml").exists():
+    finished = (directory / result).exists()
+    if is_main():
+        _check_same(cfg, directory, finished)
+    return directory, finished
+
+
+def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
+    if not directory.is_dir() or not (directory / "config.yaml").exists():
         raise UserError(f"{directory} exists and is no run of pdistill (no config.yaml): choose another name=...")
-    ours, theirs = (flat(c) for c in (cfg, OmegaConf.load(directory / "config.yaml")))
+    facts = facts_of(directory)
+    if facts["version"].split(".")[:2] != __version__.split(".")[:2] and not finished:
+        raise UserError(
+            f"{directory} is an unfinished run of version {facts['version']}, which version {__version__} cannot "
+            f"resume: finish it with that version, choose another name=..., or overwrite=true to start afresh"
+        )
+    ours, theirs = (flat(c) for c in (cfg, config_of(directory)))
+    keys = ours.keys() | theirs.keys() if facts["version"] == __version__ else ours.keys() & theirs.keys()
     differing = [
         f"{k}: {ours.get(k, 'absent')}, was {theirs.get(k, 'absent')}"
-        for k in sorted(ours.keys() | theirs.keys())
+        for k in sorted(keys - set(BY_CONTENT))
         if ours.get(k, "absent") != theirs.get(k, "absent")
     ]
+    for key in ("teacher", "start"):
+        now = digest_of_denoiser(cfg.get(key))
+        if now != facts.get(key) and ("teacher" in facts or (now is None) != (theirs.get(key, "None") == "None")):
+            differing.append(f"{key}: {cfg.get(key)} holds other weights now ({now}), was {facts.get(key)}")
     if differing:
+        hint = f", start={directory}/teacher/denoiser to train on from its teacher" if finished else ""
         raise UserError(
             f"{directory} holds a run with another configuration ({'; '.join(differing)}): "
-            f"choose another name=..., or overwrite=true to delete it and start afresh"
+            f"choose another name=...{hint}, or overwrite=true to delete it and start afresh"
         )
-    return directory, (directory / result).exists()
+    if finished and cfg.dataset.get("path") is not None:
+        try:
+            data = instantiate(cfg.dataset)
+        except Exception:  # moved or deleted: the finished run does not need it
+            return
+        check_data(directory, data.fingerprint)
+
+
+def check_data(directory: Path, fingerprint: str) -> None:
+    """Raises UserError where the run in `directory` was begun with other images."""
+    before = facts_of(directory).get("data") if (directory / "run.json").exists() else None
+    if before not in (None, fingerprint):
+        raise UserError(
+            f"{directory} was begun with other data (fingerprint {before}, now {fingerprint}): images were added, "
+            f"removed or changed. Restore them, choose another name=..., or overwrite=true to start afresh"
+        )
+
+
+def digest_of_denoiser(directory: str | None) -> str | None:
+    """Names the content of a denoiser's directory, wherever it lies; None for none."""
+    if directory is None:
+        return None
+    files = sorted(p for p in Path(directory).rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+    lines = [f"{p.relative_to(directory)} {digest_of_file(p)}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def config_of(directory: Path) -> DictConfig:
+    """The configuration of a run. Raises UserError where there is none, or it is damaged."""
+    try:
+        config = OmegaConf.load(directory / "config.yaml")
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} is no run: it holds no config.yaml") from error
+    except Exception as error:  # YAML's own, of many kinds
+        raise UserError(f"{directory / 'config.yaml'} is damaged: restore it, or delete the run") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{directory / 'config.yaml'} is damaged: restore it, or delete the run")
+    return config
+
+
+def facts_of(directory: Path) -> dict[str, Any]:
+    """The facts of a run; of one that version 0.1.0 wrote, the version alone."""
+    facts = read_json(directory / "run.json")
+    return facts if isinstance(facts, dict) else {"version": "0.1.0"}
 
 
 def flat(cfg: DictConfig) -> dict[str, str]:
@@ -92,33 +207,66 @@ def flat(cfg: DictConfig) -> dict[str, str]:
     def visit(prefix: str, value: object) -> None:
         if isinstance(value, dict):
             for k, v in value.items():
-                visit(f"{prefix}.{k}" if prefix else k, v)
+                visit(f"{prefix}.{k}" if prefix else str(k), v)
         else:
             flat[prefix] = str(value)
 
-    visit("", {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in UNCOMPARED})
+    container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    visit("", {k: v for k, v in container.items() if k not in UNCOMPARED})  # type: ignore[union-attr]
     return flat
 
 
-def open_directory(cfg: DictConfig, directory: Path) -> None:
-    """Makes the directory and writes config.yaml, and holds it against other processes until this one ends.
+class Writing:
+    """Holds a run's directory against other processes until `close`, or the end of this one."""
 
-    With `overwrite`, what stood there is deleted. Raises UserError if another process is writing to it.
-    """
-    if not is_main_process():
-        return
-    Path("outputs").mkdir(exist_ok=True)
-    lock = (Path("outputs") / f".{directory.name}.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"{directory} is being written by another process: wait for it, or choose another name=..."
-        ) from error
-    open_directory.lock = lock  # held until the process ends, or opens another
-    if cfg.overwrite and (directory / "config.yaml").exists():
-        shutil.rmtree(directory)
-    directory.mkdir(exist_ok=True)
-    temporary = directory / "config.yaml.partial"
-    OmegaConf.save(cfg, temporary, resolve=True)
-    temporary.replace(directory / "config.yaml")
+    def __init__(self, cfg: DictConfig, directory: Path, data: str) -> None:
+        """Makes the directory and writes config.yaml and run.json; only the main process does.
+
+        With `overwrite`, what stood there is deleted. Raises UserError if another process is writing to it, or it holds
+        a run with other data.
+        """
+        self.lock = None
+        if not is_main():
+            return
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = (directory.parent / f".{directory.name}.lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{directory} is being written by another process: wait for it, or choose another name=..."
+            ) from error
+        if cfg.overwrite and (directory / "config.yaml").exists():
+            shutil.rmtree(directory)
+        check_data(directory, data)
+        directory.mkdir(exist_ok=True)
+        if not (directory / "run.json").exists():
+            hydra = HydraConfig.get() if HydraConfig.initialized() else None
+            write_json(
+                directory / "run.json",
+                {
+                    "version": __version__,
+                    "choices": {k: v for k, v in hydra.runtime.choices.items() if "/" not in k} if hydra else {},
+                    "overrides": list(hydra.overrides.task) if hydra else [],
+                    "teacher": digest_of_denoiser(cfg.get("teacher")),
+                    "start": digest_of_denoiser(cfg.get("start")),
+                    "data": data,
+                },
+            )
+        with whole(directory / "config.yaml") as temporary:
+            OmegaConf.save(cfg, temporary, resolve=True)
+
+    def close(self) -> None:
+        """Lets others write."""
+        if self.lock is not None:
+            self.lock.close()
+
+
+def last_metric(directory: Path) -> float | None:
+    """The metric of the last stage that is finished: what a sweep optimises. None where nothing was measured."""
+    rows = [read_json(path) for path in sorted(directory.glob("*/metrics.json"))]
+    rows = [row for row in rows if isinstance(row, dict)]
+    if not rows:
+        return None
+    last = min(rows, key=lambda row: (row["stage"] == "teacher", row["num_steps"]))
+    return next((float(v) for k, v in last.items() if k.startswith("fid") and isinstance(v, int | float)), None)

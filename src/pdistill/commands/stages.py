@@ -1,44 +1,49 @@
 """Runs a plan stage by stage, and resumes it: what is finished is on disk, and is not done again.
 
-outputs/<name>/teacher/ and outputs/<name>/steps-NNNN/ each end up with `denoiser/`, `samples.png` and
-`metrics.json`, written in this order; while a stage trains, `last.ckpt` is what it resumes from.
+<run>/teacher/ and <run>/steps-NNNN/ each end up with `denoiser/`, `samples.png` and `metrics.json`, written in this
+order; while a stage trains, `last.ckpt` is what it resumes from.
 """
 
-import json
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import LightningModule, Trainer
+from lightning import Callback, Fabric, LightningModule
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from pdistill import curve, report, run
-from pdistill.dataset.batches import ImageDataModule
-from pdistill.training.callbacks import FID, Cost, ProgressBar, ResumableCheckpoint, TrainingLog
-from pdistill.commands.checks import accumulated_batches, check_settings, check_stable, check_teacher
+from pdistill import network as networks
+from pdistill.commands import run_directory
+from pdistill.commands.settings import Distill, Train
+from pdistill.commands.timing import time_stages
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
-from pdistill.files import write_json
-from pdistill.training.distillation import DistillationModule
-from pdistill.errors import UserError
-from pdistill.training.logger import close, log_stage, log_summary
-from pdistill.metrics.reference import generate, provenance
-from pdistill.network import set_dropout
+from pdistill.errors import Interrupted, UserError
+from pdistill.files import read_json, write_json
+from pdistill.metrics.curve import measure_teacher
+from pdistill.metrics.fid import FID
+from pdistill.processes import barrier, is_main
+from pdistill.randomness import seed_of
+from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
-from pdistill.randomness import sample_noise, seed_of
-from pdistill.sampling import sample
-from pdistill.steps import Stage, stages
+from pdistill.sampling import Draw, generate
+from pdistill.steps import Stage
+from pdistill.training.distillation import DistillationModule
+from pdistill.training.fit import accumulated_batches
+from pdistill.training.logger import close, log_stage, log_summary
+from pdistill.training.module import Recipe
+from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
 GRID_IMAGES = 64
 NEIGHBOURS_OF = 12  # samples
+NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
 
 warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that do not fit this use
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -49,247 +54,279 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which device
 class Job:
     """What every stage of a run shares."""
 
-    cfg: DictConfig
+    settings: Train
     directory: Path
     data: ImageSet
     fid: FID | None
     loggers: list[Logger]
+    callbacks: list[Callback]
+    device: torch.device
 
-    def trainer(self, **options) -> Trainer:
-        return instantiate(
-            self.cfg.trainer,
-            logger=self.loggers,
-            enable_checkpointing="callbacks" in options,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            max_epochs=-1,
-            default_root_dir=str(self.directory),
-            **options,
+    def recipe(self, section: Optimization) -> Recipe:
+        """How a stage trains."""
+        return Recipe(
+            section,
+            instantiate(self.settings.weighting),
+            optimizer=instantiate(self.settings.optimizer),
+            seed=self.settings.seed,
+            label_dropout=self.settings.label_dropout,
         )
 
 
-def train(cfg: DictConfig, directory: Path) -> None:
+def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
     """A teacher, in `directory`/teacher. Raises UserError before any work starts where the input is bad."""
-    check_settings(cfg)
-    data = instantiate(cfg.dataset)
-    plan = list(cfg.steps.plan)
-    stages(plan, cfg.steps.updates, cfg.steps.updates_last_two)
-    teacher = new_denoiser(cfg, data)
-    with open_job(cfg, directory, data) as job:
+    data: ImageSet = instantiate(settings.dataset)
+    teacher = new_denoiser(settings, data)
+    check_stable(settings, teacher, floor=-torch.inf)
+    _check(settings, [settings.training])
+    num_steps = settings.steps.plan[0]
+    with _open(settings, cfg, directory, data) as job:
         _train_teacher(job, teacher)
         _measure_teacher(job)
-        _finish_stage(job, "teacher", plan[0], updates=cfg.training.updates)
+        row = _finish_stage(job, "teacher", num_steps, {"updates": settings.training.updates, "parent": None})
+        _time(job, [row])
 
 
-def distill(cfg: DictConfig, directory: Path) -> None:
+def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
-    check_settings(cfg)
-    data = instantiate(cfg.dataset)
-    updates = cfg.steps.updates, cfg.steps.updates_last_two
-    plan = stages(list(cfg.steps.plan), *updates, cfg.distillation.max_teacher_steps)
-    template = new_denoiser(cfg, data)
-    check_stable(cfg, template)
-    given = Denoiser.load(cfg.teacher) if cfg.teacher else None
+    data: ImageSet = instantiate(settings.dataset)
+    method = instantiate(settings.method)
+    plan = method.stages(settings.steps, settings.distillation.max_teacher_steps)
+    template = new_denoiser(settings, data)
+    check_stable(settings, template, floor=NEARLY_ZERO_SNR)
+    given = Denoiser.load(Path(settings.teacher).expanduser()) if settings.teacher else None
     if given is not None:
-        check_teacher(cfg, template, given)
-    with open_job(cfg, directory, data) as job:
+        check_teacher(settings, template, given)
+    _check(settings, [settings.distillation] if given else [settings.training, settings.distillation])
+    num_steps = settings.steps.plan[0]
+    with _open(settings, cfg, directory, data) as job:
         teacher = directory / "teacher"
         if given is None:
             _train_teacher(job, template)
-        elif run.is_main_process() and not (teacher / "denoiser").exists():
-            given.save(teacher / "denoiser", grid=cfg.steps.plan[0])
-        rows = [_finish_stage(job, "teacher", cfg.steps.plan[0], updates=0 if given else cfg.training.updates)]
+        elif is_main() and not (teacher / "denoiser").exists():
+            given.save(teacher / "denoiser", grid=num_steps)
+        barrier()
+        updates = 0 if given else settings.training.updates
+        rows = [_finish_stage(job, "teacher", num_steps, {"updates": updates, "parent": None})]
         results = [teacher]
         for stage in plan:
-            _distill_stage(job, stage, start=results[-1], teacher=results[stage.teacher])
-            rows.append(_finish_stage(job, stage.name, stage.num_steps, stage.updates, parent=results[-1].name))
+            _distill_stage(job, method, stage, results)
+            facts = {"updates": stage.updates, "parent": results[-1].name}
+            rows.append(_finish_stage(job, stage.name, stage.num_steps, facts))
             results.append(directory / stage.name)
         _measure_teacher(job)
-        if run.is_main_process():
-            report.comparison_sheet(directory, rows)
+        rows = _time(job, rows)
+        if is_main():
+            page.comparison_sheet(directory, rows)
             _draw_neighbours(job, results[-1], plan[-1].num_steps)
             log_summary(job.loggers, rows, directory / "comparison.png")
-            report.write([directory], directory / "report.html")
+            page.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
+        barrier()
 
 
-def new_denoiser(cfg: DictConfig, data: ImageSet) -> Denoiser:
+def new_denoiser(settings: Train, data: ImageSet) -> Denoiser:
     """An untrained denoiser of the configured kind that fits the data; its weights depend on the seed alone."""
-    parameterization, schedule = instantiate(cfg.parameterization), instantiate(cfg.schedule)
-    channels, height, _ = data.image_shape
-    if cfg.conditional and data.labels is None:
+    parameterization, schedule = instantiate(settings.parameterization), instantiate(settings.schedule)
+    channels, height, width = data.image_shape
+    if settings.conditional and data.labels is None:
         raise UserError(f"conditional=true needs labels, and {data.name} has none: one sub-folder for each class")
-    torch.manual_seed(seed_of(cfg.seed))
-    num_classes = data.num_classes if cfg.conditional else None
-    network = instantiate(cfg.network)(
-        image_size=height,
-        image_channels=channels,
-        out_channels=parameterization.channels(channels),
-        num_classes=num_classes + 1 if cfg.label_dropout else num_classes,
+    num_classes = data.num_classes if settings.conditional else None
+    torch.manual_seed(seed_of("network", settings.seed))
+    part = instantiate(settings.network)
+    if not isinstance(part, torch.nn.Module):
+        part = networks.build(
+            part,
+            image_size=height,
+            image_channels=channels,
+            out_channels=parameterization.channels(channels),
+            num_classes=None if num_classes is None else num_classes + bool(settings.label_dropout),
+        )
+    null_label = num_classes if settings.label_dropout else None
+    denoiser = Denoiser(part, parameterization, schedule, null_label=null_label, image_shape=(channels, height, width))
+    denoiser.check_storable()
+    if settings.start is not None:
+        start = Denoiser.load(Path(settings.start).expanduser())
+        _refuse_differences(f"start={settings.start}", denoiser, start)
+        denoiser.load_state_dict(start.state_dict())
+    return denoiser
+
+
+def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
+    """Refuses a parameterization that divides by alpha where log-SNR ends at `floor` or below."""
+    terminal = denoiser.schedule(torch.ones(1, dtype=torch.float64))
+    stable = getattr(denoiser.parameterization, "stable_at_zero_snr", True)
+    if settings.allow_unstable or stable or terminal > floor:
+        return
+    alpha = float(denoiser.schedule.alpha_sigma(terminal)[0])
+    done = "distilled" if isinstance(settings, Distill) else "trained"
+    raise UserError(
+        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR "
+        f"{float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use parameterization=x, "
+        f"x_eps or v, or allow_unstable=true to try all the same"
     )
-    return Denoiser(network, parameterization, schedule, null_label=num_classes if cfg.label_dropout else None)
+
+
+def check_teacher(settings: Distill, template: Denoiser, teacher: Denoiser) -> None:
+    """A given teacher that is what the configuration says."""
+    _refuse_differences(f"teacher={settings.teacher}", template, teacher)
+    if teacher.num_steps is not None and teacher.num_steps != settings.steps.plan[0]:
+        raise UserError(
+            f"teacher={settings.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "
+            f"{settings.steps.plan[0]}: start the plan at {teacher.num_steps}"
+        )
+
+
+def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
+    ours, theirs = template.architecture, given.architecture
+    wrong = [
+        f"{k} {theirs[k]!r}, configured {ours[k]!r}"
+        for k in ("parameterization", "schedule", "null_label", "image_shape")
+        if ours[k] != theirs[k]
+    ]
+    wrong = [w.replace("{'name': ", "").replace("}", "") for w in wrong]
+    keys = ours["network"].keys() | theirs["network"].keys()
+    wrong += [
+        f"network.{k} {theirs['network'].get(k)}, configured {ours['network'].get(k)}"
+        for k in sorted(keys)
+        if ours["network"].get(k) != theirs["network"].get(k)
+    ]
+    if wrong:
+        raise UserError(
+            f"{what} differs from the configuration: it has {'; '.join(wrong)}. Set conditional, "
+            f"label_dropout and the groups parameterization, schedule, network and dataset to what it was trained with"
+        )
+
+
+def _check(settings: Train, sections: list[Optimization]) -> None:
+    """Batches that divide among the devices, metrics that can be measured, and a trainer that this machine can run."""
+    settings.metrics.check_samplers()
+    for section in sections:
+        accumulated_batches(settings.trainer, section.batch_size, settings.max_batch_per_device, section.section)
+    try:
+        instantiate(settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
 
 
 @contextmanager
-def open_job(cfg: DictConfig, directory: Path, data: ImageSet) -> Iterator[Job]:
-    """The extractor, the run directory, and the loggers, which are closed whatever happens."""
+def _open(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> Iterator[Job]:
+    """Everything that a run holds open, closed again whatever happens; loggers are told how it ended."""
     fid = None
-    if cfg.metrics.extractor is not None:
-        extractor = instantiate(cfg.metrics.extractor)(data)
-        fid = FID(extractor, data, cfg.metrics.num_samples, cfg.seed, every_n_updates=cfg.metrics.every_n_updates)
-    run.open_directory(cfg, directory)
-    loggers = [instantiate(cfg.logger)] if cfg.logger else []
+    if settings.metrics.extractor is not None:
+        extractor = instantiate(settings.metrics.extractor)(data)
+        fid = FID(extractor, data, settings.metrics.num_samples, settings.seed)
+    callbacks = [instantiate(node) for node in (settings.callbacks or {}).values()]
+    writing = run_directory.Writing(cfg, directory, data.fingerprint)
+    device = _launch(settings.trainer)
+    loggers: list[Logger] = []
+    status = "failed"
     try:
+        loggers = [instantiate(settings.logger)] if settings.logger else []
         for logger in loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-        yield Job(cfg, directory, data, fid, loggers)
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        yield Job(settings, directory, data, fid, loggers, callbacks, device)
+        status = "success"
+    except Interrupted:
+        status = "interrupted"
+        raise
     finally:
-        close(loggers)
+        close(loggers, status)
+        writing.close()
+
+
+def _launch(trainer: dict[str, Any]) -> torch.device:
+    """Starts the processes of further devices before anything is measured, and says which device is this one's."""
+    several = trainer["devices"] != 1 or trainer.get("num_nodes", 1) != 1
+    fabric = Fabric(
+        accelerator=trainer["accelerator"],
+        devices=trainer["devices"],
+        num_nodes=trainer.get("num_nodes", 1),
+        strategy="ddp" if several else "auto",
+    )
+    fabric.launch()
+    return fabric.device
 
 
 def _train_teacher(job: Job, teacher: Denoiser) -> None:
-    directory, cfg = job.directory / "teacher", job.cfg.training
-    if (directory / "denoiser").exists():
+    if not (job.directory / "teacher" / "denoiser").exists():
+        section = job.settings.training
+        module = TeacherModule(teacher, job.recipe(section))
+        _fit(job, module, "teacher", section.batch_size, (section.updates, job.settings.steps.plan[0]))
+
+
+def _distill_stage(job: Job, method: Any, stage: Stage, results: list[Path]) -> None:
+    """One student: it starts from the stage before, and learns from the stage that the plan names."""
+    if (job.directory / stage.name / "denoiser").exists():
         return
-    set_dropout(teacher.network, cfg.dropout)
-    module = TeacherModule(
-        teacher.train(),
-        instantiate(job.cfg.weighting),
-        **_optimization(job.cfg, cfg),
-        stage=0,
-        warmup_updates=cfg.warmup_updates,
-    )
-    _fit(job, module, directory, "teacher", cfg.batch_size, cfg.updates, job.cfg.steps.plan[0])
+    section = job.settings.distillation  # type: ignore[attr-defined]
+    start, teacher = (Denoiser.load(results[k] / "denoiser") for k in (-1, stage.teacher))
+    module = DistillationModule(teacher, stage, job.recipe(section), method, start=start)
+    _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
+
+
+def _fit(job: Job, module: LightningModule, name: str, batch_size: int, counts: tuple[int, int]) -> None:
+    raise NotImplementedError
+
+
+def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Samples and measures a stage's denoiser, and writes samples.png and, last, metrics.json. Returns the row."""
+    directory = job.directory / name
+    found = read_json(directory / "metrics.json")
+    if isinstance(found, dict):
+        return found
+    denoiser = Denoiser.load(directory / "denoiser").to(job.device)
+    row: dict[str, Any] = {"stage": name, "num_steps": num_steps}
+    if job.fid is not None:
+        row[job.fid.name] = job.fid.measure(denoiser, num_steps, job.device)
+        row["num_samples"] = job.fid.num_samples
+        row["provenance"] = job.fid.provenance(denoiser, num_steps)
+    if is_main():
+        row |= {**facts, "denoiser": f"{name}/denoiser"}
+        row |= dict(read_json(directory / "cost.json", {}))  # type: ignore[call-overload]  # absent for a given teacher
+        grid = generate(denoiser, range(GRID_IMAGES), Draw(num_steps, job.settings.seed), job.device)
+        save_grid(torch.cat(list(grid)).cpu(), directory / "samples.png")
+        log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
+        write_json(directory / "metrics.json", row)
+    barrier()
+    return row
+
+
+def _time(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with seconds per image, measured by the main process while nothing else is done, and kept."""
+    if is_main() and any("seconds_per_image" not in row for row in rows):
+        denoisers = [Denoiser.load(job.directory / row["stage"] / "denoiser").to(job.device) for row in rows]
+        timed = time_stages(denoisers, [row["num_steps"] for row in rows], job.device)
+        for row, seconds in zip(rows, timed, strict=True):
+            row |= seconds
+            write_json(job.directory / row["stage"] / "metrics.json", row)
+    barrier()
+    return rows
 
 
 def _measure_teacher(job: Job) -> None:
     """The teacher by its own samplers at the step counts of metrics.teacher_curve, to teacher/curve.json."""
-    settings = job.cfg.metrics.teacher_curve
-    if job.fid is None or settings is None:
+    curve, fid = job.settings.metrics.teacher_curve, job.fid
+    if fid is None or curve is None:
         return
-    device = job.trainer().strategy.root_device
-    denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(device)
-    curve.measure_teacher(
-        job.directory / "teacher" / "curve.json",
-        settings.steps,
-        settings.samplers,
-        lambda num_steps, sampler: job.fid.measure(denoiser, num_steps, device, sampler),
-        writes=run.is_main_process(),
-    )
+    denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(job.device)
+
+    def measure(num_steps: int, sampler: str) -> float:
+        return fid.measure(denoiser, num_steps, job.device, sampler)
+
+    measure_teacher(job.directory / "teacher" / "curve.json", curve["steps"], curve["samplers"], measure)
 
 
-def _optimization(cfg: DictConfig, section: DictConfig) -> dict:
-    """What `training` and `distillation` configure alike, and what they share."""
-    alike = {k: section[k] for k in ("learning_rate", "weight_decay", "gradient_clip", "ema_decay")}
-    return alike | {"seed": cfg.seed, "label_dropout": cfg.label_dropout}
-
-
-def _distill_stage(job: Job, stage: Stage, start: Path, teacher: Path) -> None:
-    directory, cfg = job.directory / stage.name, job.cfg.distillation
-    if (directory / "denoiser").exists():
-        return
-    module = DistillationModule(
-        Denoiser.load(teacher / "denoiser"),
-        stage.num_steps,
-        instantiate(job.cfg.weighting),
-        **_optimization(job.cfg, cfg),
-        stage=stage.index,
-        updates=stage.updates,
-        teacher_steps=stage.teacher_steps,
-        dropout=cfg.dropout,
-        start=Denoiser.load(start / "denoiser"),
-    )
-    _fit(job, module, directory, metric_prefix(stage.name), cfg.batch_size, stage.updates, stage.num_steps)
+def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
+    """neighbours.png: has the last student learnt images by heart?"""
+    denoiser = Denoiser.load(stage / "denoiser").to(job.device)
+    drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(num_steps, job.settings.seed), job.device)
+    samples = torch.cat(list(drawn))
+    rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)
+    save_grid(rows.flatten(0, 1).cpu(), job.directory / "neighbours.png", nrow=NEIGHBOURS_OF)
 
 
 def metric_prefix(stage_name: str) -> str:
     """ "steps-0016" -> "steps_0016", the name under which its scalars are logged."""
     return stage_name.replace("-", "_")
-
-
-def _fit(
-    job: Job, module: LightningModule, directory: Path, prefix: str, batch_size: int, updates: int, num_steps: int
-) -> None:
-    """One Lightning fit, from the stage's checkpoint if there is one, to `directory`/denoiser."""
-    directory.mkdir(exist_ok=True)
-    checkpoint = directory / "last.ckpt"
-    log, cost = TrainingLog(prefix, batch_size), Cost()
-    callbacks = [log, cost, ResumableCheckpoint(checkpoint, job.cfg.checkpoint_every_n_updates, log)]
-    if job.fid is not None:
-        job.fid.prefix, job.fid.num_steps = prefix, num_steps
-        callbacks.append(job.fid)
-    if job.cfg.trainer.enable_progress_bar:
-        callbacks.append(ProgressBar(prefix))
-    trainer = job.trainer(max_steps=updates, callbacks=callbacks)
-    trainer.accumulate_grad_batches = accumulated_batches(job.cfg, batch_size)
-    data = ImageDataModule(job.data, batch_size, job.cfg.seed, module.stage, job.cfg.num_workers)
-    if checkpoint.exists():
-        _check_readable(checkpoint)
-    trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
-    if trainer.is_global_zero:
-        write_json(directory / "cost.json", cost.spent | {"training_images": updates * batch_size})
-        module.result.save(directory / "denoiser", grid=num_steps)
-        checkpoint.unlink(missing_ok=True)
-    trainer.strategy.barrier()
-
-
-def _check_readable(checkpoint: Path) -> None:
-    try:
-        torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint} is damaged ({str(error).splitlines()[0]}): delete it to start this stage anew; "
-            f"finished stages are kept"
-        ) from error
-
-
-def _finish_stage(job: Job, name: str, num_steps: int, updates: int, parent: str | None = None) -> dict:
-    """Samples and measures a stage's denoiser, and writes samples.png and, last, metrics.json. Returns the row."""
-    directory = job.directory / name
-    if (directory / "metrics.json").exists():
-        return json.loads((directory / "metrics.json").read_text())
-    trainer = job.trainer()
-    device = trainer.strategy.root_device
-    denoiser = Denoiser.load(directory / "denoiser").to(device)
-    row = {"stage": name, "num_steps": num_steps}
-    if job.fid is not None:
-        row[job.fid.name] = job.fid.measure(denoiser, num_steps, device)
-        row["num_samples"] = job.fid.num_samples
-        row["provenance"] = provenance(
-            job.fid.extractor, job.data, job.fid.num_samples, job.cfg.seed, num_steps, "ddim"
-        )
-    if run.is_main_process():
-        row["seconds_per_image"] = seconds_per_image(denoiser, num_steps, device)
-        row |= {"updates": updates, "parent": parent, "denoiser": f"{name}/denoiser"}
-        cost = directory / "cost.json"  # absent where the teacher was given
-        row |= json.loads(cost.read_text()) if cost.exists() else {}
-        grid = generate(denoiser, range(GRID_IMAGES), num_steps, job.cfg.seed, device=device)
-        save_grid(torch.cat(list(grid)).cpu(), directory / "samples.png")
-        log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
-        write_json(directory / "metrics.json", row)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return row
-
-
-def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
-    """neighbours.png: has the last student learnt images by heart?"""
-    device = job.trainer().strategy.root_device
-    denoiser = Denoiser.load(stage / "denoiser").to(device)
-    samples = torch.cat(list(generate(denoiser, range(NEIGHBOURS_OF), num_steps, job.cfg.seed, device=device)))
-    rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)
-    save_grid(rows.flatten(0, 1).cpu(), job.directory / "neighbours.png", nrow=NEIGHBOURS_OF)
-
-
-def seconds_per_image(denoiser: Denoiser, num_steps: int, device: torch.device, batch_size: int = 64) -> float:
-    """The fastest of three rounds of sampling a batch."""
-    noise = sample_noise(0, range(batch_size), denoiser.image_shape).to(device)
-    label = None if denoiser.num_classes is None else torch.zeros(batch_size, dtype=torch.long, device=device)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        sample(denoiser, noise, num_steps, label).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / batch_size

@@ -1,7 +1,10 @@
 """diffusers' directories: ours, which diffusers opens by itself, and other people's pipelines, measured like ours."""
 
+import copy
+import functools
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ from pdistill.errors import UserError, first_line
 from pdistill.files import write_json
 from pdistill.network import image_shape_of
 from pdistill.randomness import generator
+from pdistill.sampling import Draw
 from pdistill.schedule import betas, variance_preserving
 
 if TYPE_CHECKING:
@@ -61,7 +65,7 @@ def read_unet(directory: Path) -> UNet2DModel:
 
 
 def _has_words_for(denoiser: "Denoiser") -> bool:
-    """A diffusers pipeline of images alone knows v, x and eps of a variance-preserving process, and passes no labels."""
+    """A pipeline of images alone knows v, x and eps of a variance-preserving process, and passes no labels."""
     logsnr = torch.linspace(-5, 5, 11, dtype=torch.float64)
     processes = zip(denoiser.schedule.alpha_sigma(logsnr), variance_preserving(logsnr), strict=True)
     known = getattr(denoiser.parameterization, "name", None) in PREDICTION_TYPES
@@ -91,43 +95,95 @@ def is_pipeline(path: Path) -> bool:
 class Pipeline:
     """An unconditional pipeline (DDPMPipeline, DDIMPipeline, ...) sampled by its own scheduler."""
 
-    def __init__(self, pipeline: diffusers.DiffusionPipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: diffusers.DiffusionPipeline, path: str) -> None:
+        """`path` is what errors call it."""
+        self.pipeline, self.path = pipeline, path
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
-    def load(cls, path: str) -> "Pipeline":
+    def load(cls, path: str | Path) -> "Pipeline":
         """Raises UserError for a directory that is damaged, and for pipelines that need more than noise."""
         diffusers.utils.logging.disable_progress_bar()
         try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, low_cpu_mem_usage=False)
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"diffusers cannot load the pipeline {path} ({first_line(error)})") from error
-        if not isinstance(getattr(pipeline, "unet", None), diffusers.UNet2DModel):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(path), low_cpu_mem_usage=False)
+        except Exception as error:  # of other people's files: whatever diffusers, safetensors and torch raise
+            raise UserError(
+                f"diffusers cannot load the pipeline {path} ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        network = getattr(pipeline, "unet", None)
+        if not isinstance(network, UNet2DModel) or network.config["num_class_embeds"] is not None:
             raise UserError(
                 f"{path} is a {type(pipeline).__name__}: only unconditional pipelines of a UNet2DModel are measured, "
                 f"e.g. DDPMPipeline or DDIMPipeline"
             )
-        return cls(pipeline)
+        if not all(value.isfinite().all() for value in network.state_dict().values()):
+            raise UserError(f"{path} holds weights that are not finite (NaN or infinite): fetch or train it again")
+        return cls(pipeline, str(path))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return image_shape_of(self.pipeline.unet)
 
-    def to(self, device: torch.device) -> None:
-        self.pipeline.to(device)
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name the weights and what the scheduler makes of them."""
+        parts = (self.pipeline.unet, self.pipeline.scheduler)
+        configs = [{k: v for k, v in part.config.items() if not k.startswith("_")} for part in parts]
+        names = [type(part).__name__ for part in (self.pipeline, *parts)]
+        digest = hashlib.sha256(json.dumps([names, configs], sort_keys=True, default=str).encode())
+        for name, value in sorted(self.pipeline.unet.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
-    def generate(
-        self, indices: range, num_steps: int, seed: int, batch_size: int, device: torch.device | str
-    ) -> Iterator[Tensor]:
-        """Batches (B, C, H, W) in [-1, 1], image i from a generator that depends on (seed, i) alone."""
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            images = self.pipeline(
-                len(batch),
-                generator=[generator(seed, i) for i in batch],
-                num_inference_steps=num_steps,
-                output_type="np",
-            ).images
-            yield torch.from_numpy(images).movedim(-1, 1).to(device) * 2 - 1
+    @property
+    def clip(self) -> bool:
+        """Whether the scheduler clips its predictions of the image."""
+        config = self.pipeline.scheduler.config
+        return bool(config.get("clip_sample") or config.get("thresholding"))
+
+    def to(self, device: torch.device | str) -> "Pipeline":
+        self.pipeline.to(device)
+        return self
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raises UserError where its scheduler cannot take so many steps."""
+        try:
+            copy.deepcopy(self.pipeline.scheduler).set_timesteps(num_steps)
+        except Exception as error:
+            trained = self.pipeline.scheduler.config.get("num_train_timesteps")
+            raise UserError(
+                f"the pipeline {self.path} cannot take num_steps={num_steps} ({first_line(error)}): it was trained "
+                f"with {trained} steps, give no more"
+            ) from error
+
+    def generate(self, indices: Sequence[int], draw: Draw, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """Batches (B, C, H, W) in [-1, 1], image i from a generator that depends on (seed, i) alone.
+
+        `draw.sampler` and `draw.clip` do not matter: the scheduler is its own. Raises UserError for whatever the
+        pipeline raises, and for samples that are not finite.
+        """
+        for start in range(0, len(indices), draw.batch_size):
+            batch = indices[start : start + draw.batch_size]
+            try:
+                images = self.pipeline(
+                    batch_size=len(batch),
+                    generator=[generator("pipeline", draw.seed, i) for i in batch],
+                    num_inference_steps=draw.num_steps,
+                    output_type="np",
+                ).images
+                samples = torch.from_numpy(images).movedim(-1, 1).to(device) * 2 - 1  # (B, H, W, C) in [0, 1] before
+            except Exception as error:  # other people's code
+                raise UserError(
+                    f"the pipeline {self.path} fails at {draw.num_steps} steps "
+                    f"({type(error).__name__}: {first_line(error)})"
+                ) from error
+            if samples.shape[1:] != self.image_shape:
+                raise UserError(
+                    f"the pipeline {self.path} makes images of shape {tuple(samples.shape[1:])}, and its network says "
+                    f"{self.image_shape}: only pipelines whose network makes the pixels are measured"
+                )
+            if not samples.isfinite().all():
+                raise UserError(f"samples of {self.path} at {draw.num_steps} steps are not finite (NaN or infinite)")
+            yield samples

@@ -1,129 +1,114 @@
-"""Samples in batches, FID while training, what the reference set looks like, and the provenance of a figure."""
+"""What a dataset looks like to an extractor: mean and covariance of all its images, and the features of some.
 
-from collections.abc import Iterator, Sequence
+Measured once and cached. Several processes share the images.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
 
-from pdistill import __version__
-from pdistill.dataset.batches import to_uint8
 from pdistill.dataset import ImageSet
-from pdistill.denoiser import Denoiser
-from pdistill.metrics.extractors import cached
-from pdistill.metrics.distances import FrechetDistance
-from pdistill.files import cache_directory
-from pdistill.randomness import sample_noise
-from pdistill.sampling import sample
+from pdistill.errors import UserError
+from pdistill.files import cache_directory, digest_of, locked, whole
+from pdistill.metrics.distances import double
+from pdistill.metrics.extractors import fingerprint_of
+from pdistill.metrics.shares import in_order, leads, my_batches, together
+from pdistill.processes import gather, of_main, world_size
+from pdistill.randomness import generator
 
-REFERENCE_FEATURES = 50_000
-SUMS = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")  # of torchmetrics' FID
-
-
-def fid_name(extractor: nn.Module) -> str:
-    """`fid` is Inception's alone; every other extractor's figure carries its name."""
-    return "fid" if extractor.name == "inception" else f"fid_{extractor.name}"
+REFERENCE_FEATURES = 50_000  # kept at most
+BATCH = 256
 
 
-def provenance(
-    extractor: nn.Module, data: ImageSet, num_samples: int, seed: int, num_steps: int | None, sampler: str
-) -> dict[str, object]:
-    """What a figure was measured with: without it, a figure is a rumour."""
-    return {
-        "extractor": extractor.name,
-        "extractor_fingerprint": extractor.fingerprint,
-        "reference": data.name,
-        "reference_fingerprint": data.fingerprint,
-        "reference_size": len(data.images),
-        "num_samples": num_samples,
-        "sampler": sampler,
-        "num_steps": num_steps,
-        "clip": True,
-        "seed": seed,
-        "precision": "float32",
-        "version": __version__,
-    }
-
-
-def reference(extractor: nn.Module, data: ImageSet, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What figures compare with, measured once and cached: torchmetrics' three sums over all of `data`, in float64,
-    and the `features` (N, num_features) of at most REFERENCE_FEATURES images, evenly spread.
+@dataclass(frozen=True)
+class Reference:
+    """Of all images: `mean` (num_features,) and `covariance`, in float64; `features` float32 (N, num_features) of at
+    most 50,000 of them, a fixed random choice in the dataset's order, on the main process if they were asked for.
     """
 
-    def measure() -> dict[str, Tensor]:
-        total = -(-len(data.images) // 256)
-        batches = tqdm(data.images.split(256), f"{extractor.name} features of {data.name}", total, leave=False)
-        every = -(-len(data.images) // REFERENCE_FEATURES)
-        kept, sums = [], FrechetInceptionDistance(feature=extractor).to(device)
-        with torch.inference_mode():
-            for images in batches:
-                features = extractor(images.to(device))
-                kept.append(features.float().cpu())
-                features = features.double()
-                sums.real_features_sum += features.sum(0)
-                sums.real_features_cov_sum += features.T @ features
-                sums.real_features_num_samples += len(features)
-        return {k: getattr(sums, k).cpu().clone() for k in SUMS} | {"features": torch.cat(kept)[::every].clone()}
-
-    path = cache_directory() / f"reference-2-{data.fingerprint}-{extractor.name}-{extractor.fingerprint}.safetensors"
-    return cached(path, measure)
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor | None = None
 
 
-def fid_metric(
-    extractor: nn.Module, data: ImageSet, rank: int = 0, device: torch.device | str = "cpu"
-) -> FrechetInceptionDistance:
-    """torchmetrics' FID against all of `data`, from cached statistics where there are any.
+def reference(
+    extractor: nn.Module, data: ImageSet, device: torch.device | str = "cpu", features: bool = True
+) -> Reference:
+    """The reference of `data`, from the cache or through it, on the CPU; the same on every process.
 
-    The reference is set on rank 0 alone: torchmetrics adds the ranks' statistics up.
+    Every process must call it. Without `features` none are kept in memory. Raises UserError for a dataset of fewer than
+    two images, and for features that are not finite.
     """
-    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False).to(device)
-    sums = reference(extractor, data, device)
-    for k in SUMS:
-        setattr(metric, k, (sums[k] if rank == 0 else torch.zeros_like(sums[k])).to(device))
-    return metric
+    if len(data.images) < 2:
+        raise UserError(f"{data.name} has {len(data.images)} image: metrics need at least 2 to compare with")
+    path = _path(extractor, data)
+    # While another process of another command measures the same, this one waits, unless others here wait for it.
+    lock = locked(path.with_suffix(".lock"), wait=world_size() == 1) if leads() else contextlib.nullcontext()
+    with lock if not path.exists() else contextlib.nullcontext():
+        found = _read(path, features) if leads() else None
+        shared = of_main(None if found is None else (found.mean, found.covariance))
+        if shared is not None:
+            return found or Reference(*shared)
+        measured = together(lambda: _measure(extractor.to(device), data, device))
+        if leads():
+            tensors = {"mean": measured.mean, "covariance": measured.covariance, "features": measured.features}
+            with whole(path) as temporary:
+                save_file({k: v for k, v in tensors.items() if v is not None}, temporary)
+    return measured if features and leads() else Reference(measured.mean, measured.covariance)
 
 
-def frechet_distance(reference: dict[str, Tensor], device: torch.device | str = "cpu") -> FrechetDistance:
-    """The distance to what `reference` measured."""
-    total, square, n = (reference[k].to(device) for k in SUMS)
-    mean = total / n
-    return FrechetDistance(mean, (square - n * mean[:, None] * mean) / (n - 1))
+def _path(extractor: nn.Module, data: ImageSet) -> Path:
+    key = digest_of([data.fingerprint, extractor.name, fingerprint_of(extractor)])
+    return cache_directory() / f"reference-3-{extractor.name}-{key}.safetensors"
 
 
-def generate(
-    denoiser: Denoiser,
-    indices: range,
-    num_steps: int,
-    seed: int,
-    batch_size: int = 250,
-    device: torch.device | str = "cpu",
-    labels: Sequence[int] | None = None,
-    **options,
-) -> Iterator[Tensor]:
-    """Batches of samples (B, C, H, W) in [-1, 1], image i from noise that depends on (seed, i) alone.
+def _read(path: Path, features: bool) -> Reference | None:
+    """None where the file is absent or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            kept = file.get_tensor("features") if features else None
+            return Reference(file.get_tensor("mean"), file.get_tensor("covariance"), kept)
+    except (OSError, SafetensorError):
+        return None
 
-    A class-conditional denoiser draws image i of class `labels[i % len(labels)]`, by default of all its classes in
-    turn, so that they are balanced. `options` go to `sample`.
+
+@torch.inference_mode()
+def _measure(extractor: nn.Module, data: ImageSet, device: torch.device | str) -> Reference:
+    """Sums of differences from the mean of the first images, so that nothing cancels, added up over processes."""
+    chosen = _chosen(data)
+
+    def features_of(batch: range) -> Tensor:
+        return extractor(data.images[batch.start : batch.stop].to(device)).float()
+
+    origin = double(features_of(range(min(BATCH, len(data.images))))).mean(0)
+    total, square, kept = torch.zeros_like(origin), origin.new_zeros(len(origin), len(origin)), []
+    for batch in my_batches(len(data.images), BATCH, f"{extractor.name} features of {data.name}"):
+        features = features_of(batch)
+        kept.append(features[chosen[batch.start : batch.stop].to(features.device)].cpu())
+        centred = double(features) - origin
+        total += centred.sum(0)
+        square += centred.T @ centred
+    sums = gather((total.cpu(), square.cpu()))
+    n, shift = len(data.images), sum(s for s, _ in sums) / len(data.images)
+    covariance = (sum(s for _, s in sums) - n * shift[:, None] * shift) / (n - 1)
+    if not covariance.isfinite().all():
+        raise UserError(f"{extractor.name} gives features of {data.name} that are not finite (NaN or infinite)")
+    kept = in_order(kept)
+    return Reference(origin.cpu() + shift, covariance, torch.cat(kept) if leads() else None)
+
+
+def _chosen(data: ImageSet) -> Tensor:
+    """Which images' features are kept, bool (N,): as many as may be, at random by a key that the content gives.
+
+    A folder's order is that of its classes, and its first images are of few.
     """
-    shape = denoiser.image_shape
-    if labels is None and denoiser.num_classes is not None:
-        labels = range(denoiser.num_classes)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        noise = sample_noise(seed, batch, shape).to(device)
-        label = None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)
-
-        def step_noise(i: int, batch: range = batch) -> Tensor:
-            return sample_noise(seed, batch, shape, draw=i).to(device)
-
-        yield sample(denoiser, noise, num_steps, label, step_noise=step_noise, **options)
-
-
-def measure_fid(metric: FrechetInceptionDistance, batches: Iterator[Tensor]) -> float:
-    """The FID of this rank's batches together with the other ranks' (torchmetrics gathers them once)."""
-    metric.reset()
-    with torch.inference_mode():
-        for images in batches:
-            metric.update(to_uint8(images), real=False)
-    return float(metric.compute())
+    n = len(data.images)
+    random = generator("reference", int.from_bytes(data.fingerprint.encode()))
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[torch.randperm(n, generator=random)[:REFERENCE_FEATURES]] = True
+    return chosen

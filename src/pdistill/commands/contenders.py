@@ -1,0 +1,171 @@
+"""What evaluate measures: a run, a denoiser by itself or a diffusers pipeline; and against which data."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from pdistill import registry
+from pdistill.commands import run_directory
+from pdistill.commands.settings import Evaluate
+from pdistill.dataset import ImageSet, digits
+from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError, first_line
+from pdistill.interop.diffusers import Pipeline, is_pipeline
+from pdistill.processes import is_main
+
+Model = Denoiser | Pipeline
+FORMER_TARGETS = {"pdistill.huggingface.load": "pdistill.dataset.huggingface.load"}  # of version 0.1.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row to measure; rows of one `label` are one curve."""
+
+    label: str
+    path: str
+    sampler: str
+    num_steps: int
+
+
+def load(path: str) -> Model:
+    """The denoiser or the diffusers pipeline in a directory."""
+    return Pipeline.load(path) if is_pipeline(Path(path)) else Denoiser.load(path)
+
+
+def place_of(settings: Evaluate) -> Path:
+    """The directory that `denoiser` names: a run, a denoiser, or a pipeline; of a stage, its denoiser."""
+    if settings.denoiser is None:
+        raise UserError("denoiser=<directory> is missing, e.g. denoiser=outputs/demo/steps-0004/denoiser")
+    path = Path(settings.denoiser).expanduser()
+    if not path.is_dir():
+        raise UserError(
+            f"denoiser={settings.denoiser} is no directory: give a run, e.g. outputs/demo, or a denoiser, e.g. "
+            f"outputs/demo/steps-0004/denoiser"
+        )
+    return path / "denoiser" if (path / "denoiser" / "denoiser.json").exists() else path
+
+
+def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contender]:
+    """What is to be measured: a denoiser or a diffusers pipeline at `num_steps` by `samplers`; of a run directory each
+    student at its own step count and the teacher, as far as `baselines` goes, at all of these.
+
+    Raises UserError where that is nothing, or cannot be.
+    """
+    path = place_of(settings)
+    students = sorted(p for p in path.glob("steps-*/denoiser") if re.fullmatch(r"steps-\d+", p.parent.name))
+    if not students and (path / "teacher" / "denoiser").exists():
+        path = path / "teacher" / "denoiser"  # of a run that has no students, or not yet
+    if students:
+        default = [int(student.parent.name.removeprefix("steps-")) for student in students]
+        found = [Contender("distilled", str(p), "ddim", n) for p, n in zip(students, default, strict=True)]
+        teacher = path / "teacher" / "denoiser"
+    else:
+        made_for = getattr(load(str(path)), "num_steps", None)
+        default = [made_for] if made_for else []
+        found, teacher = [], path.parent.parent / "teacher" / "denoiser"
+    steps = settings.step_counts or default
+    if not steps:
+        raise UserError(f"denoiser={path} is made for no step count of its own: give num_steps=[...]")
+    if is_pipeline(path):
+        for n in steps:
+            load(str(path)).check_steps(n)
+        found += [Contender(f"{path.name}, own scheduler", str(path), "own", n) for n in steps]
+    elif not students:
+        own = "teacher" if path.parent.name == "teacher" else "denoiser"
+        found += [Contender(f"{own}, {name}", str(path), name, n) for name in settings.sampler_names for n in steps]
+    if settings.baseline_names and not teacher.exists():
+        raise UserError(f"baselines={settings.baselines} are samplers of the teacher, and there is none at {teacher}")
+    found += [Contender(f"teacher, {name}", str(teacher), name, n) for name in settings.baseline_names for n in steps]
+    return list(dict.fromkeys(found))
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that `path` is, or in whose stages it lies."""
+    candidates = [path]
+    if path.name == "denoiser" and re.fullmatch(r"teacher|steps-\d+", path.resolve().parent.name):
+        candidates.append(path.resolve().parents[1])
+    return next((c for c in candidates if (c / "config.yaml").exists() and (c / "teacher").exists()), None)
+
+
+def reference_set(settings: Evaluate, image_shape: tuple[int, int, int]) -> ImageSet:
+    """The dataset to compare with, or `num_reference` of its images, evenly spread.
+
+    It is the one asked for, or the run's own, or digits where the shapes fit. Raises UserError where there is none.
+    """
+    data = _whole_reference_set(settings, image_shape)
+    if data.image_shape != image_shape:
+        raise UserError(
+            f"denoiser={settings.denoiser} makes images of shape {image_shape} and {data.name} holds "
+            f"{data.image_shape}: give the dataset that it was trained on, dataset=..."
+        )
+    if settings.num_reference is None:
+        return data
+    if settings.num_reference > len(data.images):
+        raise UserError(
+            f"num_reference={settings.num_reference} must be 2 to {len(data.images)}, the images of {data.name}, or "
+            f"null for all of them"
+        )
+    index = torch.from_numpy(np.linspace(0, len(data.images) - 1, settings.num_reference).round().astype(np.int64))
+    labels = None if data.labels is None else data.labels[index]
+    return ImageSet(f"{data.name}, {settings.num_reference} images", data.images[index], labels, data.flips)
+
+
+def _whole_reference_set(settings: Evaluate, image_shape: tuple[int, int, int]) -> ImageSet:
+    if settings.dataset is not None:
+        return instantiate(settings.dataset)
+    run = run_of(place_of(settings))
+    if run is not None:
+        return dataset_of_run(run)
+    data = digits()
+    if data.image_shape != image_shape:
+        raise UserError(
+            f"denoiser={settings.denoiser} lies in no run that would name its dataset, and makes images of shape "
+            f"{image_shape}: give the dataset that it was trained on, dataset=..."
+        )
+    if is_main():
+        print(f"denoiser={settings.denoiser} names no dataset: measured against digits, as dataset=digits would say")
+    return data
+
+
+def dataset_of_run(run: Path) -> ImageSet:
+    """A run's own dataset, by its config.yaml. Raises UserError where it is not to be made here.
+
+    Nothing is imported because the file says so: the dataset must be built in or registered.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(run_directory.config_of(run)).get("dataset") or {}
+    target = config.get("_target_")
+    part = _known_datasets().get(FORMER_TARGETS.get(target, target))
+    if part is None:
+        raise UserError(
+            f"{run}/config.yaml names the dataset {target}, which is neither built in nor registered: give "
+            f"imports=[<the module that registers it>], or dataset=..."
+        )
+    try:
+        data = part(**{key: value for key, value in config.items() if not key.startswith("_")})
+    except TypeError as error:
+        raise UserError(
+            f"{run}/config.yaml names the dataset {target} with arguments that it does not take "
+            f"({first_line(error)}): give dataset=..."
+        ) from error
+    before = run_directory.facts_of(run).get("data")
+    if before not in (None, data.fingerprint) and is_main():
+        print(f"warning: the images of {data.name} have changed since {run} was trained on them")
+    return data
+
+
+def _known_datasets() -> dict[str, Callable[..., ImageSet]]:
+    """Built-in and registered datasets by their import paths, as configurations name them."""
+    known = {}
+    for name in registry.names("dataset"):
+        part = registry.find("dataset", name)
+        known[f"{getattr(part, '__module__', '')}.{getattr(part, '__qualname__', name)}"] = part
+        if place := registry.BUILT_IN["dataset"].get(name):
+            known[place.replace(":", ".")] = part
+    return known

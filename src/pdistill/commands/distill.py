@@ -1,0 +1,24 @@
+"""`pdistill distill`: a teacher and its students, to `<output_root>/<name>/summary.json` and report.html."""
+
+from omegaconf import DictConfig
+
+from pdistill.commands import run_directory
+from pdistill.commands.settings import Distill, settings_of
+from pdistill.processes import is_main
+
+
+def main(cfg: DictConfig) -> float | None:
+    """Runs all stages, or goes on, or says that they are finished; returns the last student's metric."""
+    settings: Distill = settings_of(cfg)
+    directory, finished = run_directory.find(cfg, result="summary.json")
+    if finished:
+        print(f"{directory} is finished; overwrite=true would run it again")
+    else:
+        from pdistill.commands.stages import distill  # torch and its company: seconds that a finished run need not wait
+
+        distill(settings, cfg, directory)
+    if is_main():
+        from pdistill.commands.report import show
+
+        show(directory)
+    return run_directory.last_metric(directory)

@@ -1,0 +1,233 @@
+"""The settings of every command: what `--help` shows, what Hydra checks the type of, and what is refused at once.
+
+Importing this module registers them with Hydra; `hydra_plugins/pdistill_settings.py` does so for whoever composes
+conf/.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from pdistill import registry
+from pdistill.errors import UserError
+from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
+from pdistill.training.settings import Distillation, Steps, Training, number, whole
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """The arguments of Lightning's Trainer that the project relies on; Lightning itself checks the others."""
+    if trainer["devices"] != -1:
+        whole("trainer.devices", trainer["devices"], 1)
+    for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
+        whole(f"trainer.{key}", trainer.get(key, 1), 1)
+    if trainer["precision"] not in PRECISIONS:
+        raise UserError(f"trainer.precision={trainer['precision']} must be one of {', '.join(PRECISIONS)}")
+
+
+@dataclass
+class Train:
+    """Settings of a run that trains a teacher."""
+
+    name: str = "${run_name:}"
+    """Of the run's directory; by default made of what was typed. In a sweep the prefix of each job's name."""
+    output_root: str = "outputs"
+    """The directory of run directories."""
+    seed: int = 0
+    """Of everything that is random."""
+    overwrite: bool = False
+    """Delete what stands in the run's directory and start afresh."""
+    imports: list[str] = field(default_factory=list)
+    """Modules to import first, which register parts of their own: docs/extending.md."""
+    num_workers: int = 0
+    """Processes that make batches."""
+    checkpoint_every_n_updates: int = 250
+    """Updates that a crash may cost at most."""
+    conditional: bool = False
+    """Class-conditional; the dataset must have labels."""
+    label_dropout: float = 0.0
+    """Share of labels hidden from a conditional network, for `sample.py guidance=...`."""
+    max_batch_per_device: int | None = None
+    """More images than this are taken in several parts, their gradients added up; null: no limit."""
+    start: str | None = None
+    """A denoiser directory whose weights the teacher's training starts from; null: fresh ones."""
+    allow_unstable: bool = False
+    """Go on with a parameterization that cannot work with the schedule (eps at zero SNR)."""
+    dataset: Any = MISSING
+    network: Any = MISSING
+    schedule: Any = MISSING
+    parameterization: Any = MISSING
+    weighting: Any = MISSING
+    optimizer: Any = MISSING
+    callbacks: Any = None
+    logger: Any = None
+    steps: Steps = field(default_factory=Steps)
+    metrics: Metrics = field(default_factory=Metrics)
+    trainer: Any = MISSING
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, 0)
+        whole("num_workers", self.num_workers, 0)
+        whole("checkpoint_every_n_updates", self.checkpoint_every_n_updates, 1)
+        if self.max_batch_per_device is not None:
+            whole("max_batch_per_device", self.max_batch_per_device, 1)
+        number("label_dropout", self.label_dropout, 1)
+        if self.label_dropout and not self.conditional:
+            raise UserError(f"label_dropout={self.label_dropout} hides labels that nobody reads: add conditional=true")
+        check_trainer(self.trainer)
+
+
+@dataclass
+class Distill(Train):
+    """Settings of a run that trains a teacher, or takes one, and distils it stage by stage."""
+
+    teacher: str | None = None
+    """A denoiser directory; null: train one first."""
+    method: Any = MISSING
+    distillation: Distillation = field(default_factory=Distillation)
+
+
+@dataclass
+class Sample:
+    """Settings of pictures from a denoiser."""
+
+    denoiser: str | None = None
+    """A directory that holds denoiser.json."""
+    num_steps: int | None = None
+    """Network evaluations of an image; by default what the denoiser was distilled for."""
+    num_images: int = 64
+    seed: int = 0
+    """The same seed gives the same pictures, whatever the batch size."""
+    label: Any = None
+    """Of a class-conditional denoiser: 3, or [1,2] in turn; by default all classes in turn."""
+    guidance: float = 1.0
+    """Of a denoiser trained with label_dropout: 0 ignores the label, 1 is plain, 2 and more emphasise it."""
+    sampler: str = "ddim"
+    """Or ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one."""
+    variance: Any = "large"
+    """Of the ancestral sampler: large, small, or a fraction between."""
+    clip: bool = True
+    """Clamp every prediction to [-1, 1], as the paper does."""
+    batch_size: int = 250
+    device: str = "auto"
+    """cpu, cuda, ...; auto: CUDA where there is one."""
+    output: str | None = None
+    """The grid's file; by default <output_root>/samples/<denoiser>-<steps>-steps-seed-<seed>.png."""
+    output_root: str = "outputs"
+    individual: bool = False
+    """Also every picture by itself, in a folder beside the grid."""
+    imports: list[str] = field(default_factory=list)
+    """Modules to import first, which register parts of their own: docs/extending.md."""
+
+    def __post_init__(self) -> None:
+        for key, least in {"num_images": 1, "batch_size": 1, "seed": 0}.items():
+            whole(key, getattr(self, key), least)
+        if self.num_steps is not None:
+            whole("num_steps", self.num_steps, 1)
+        labels = self.label if isinstance(self.label, list) else [self.label]
+        if self.label is not None and not (labels and all(isinstance(k, int) and k >= 0 for k in labels)):
+            raise UserError(f"label={self.label} must be a class, or classes in turn, e.g. label=3 or label=[1,2]")
+        if self.output is not None and not self.output.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+            raise UserError(f"output={self.output} must end in .png, .jpg or .webp, e.g. output={self.output}.png")
+
+
+@dataclass
+class Evaluate:
+    """Settings of the metrics of a run, a denoiser, or a diffusers pipeline."""
+
+    denoiser: str | None = None
+    """A run's directory, one that holds denoiser.json, or one that holds model_index.json."""
+    num_steps: Any = None
+    """4, or [1,2,4,8]: network evaluations of an image; by default what the denoisers were distilled for."""
+    steps: Any = None
+    """The same by its former name."""
+    samplers: Any = field(default_factory=lambda: ["ddim"])
+    """One or a list of ddim, ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones; or all."""
+    baselines: Any = None
+    """Samplers of the run's teacher to measure too, at the same network evaluations; or all."""
+    bootstrap: int = 20
+    """Resamplings of the samples, for FID's interval; 0 for none."""
+    extrapolate: bool = False
+    """Also FID-infinity, at 15 times FID's own time."""
+    num_reference: int | None = None
+    """Images of the dataset to compare with, evenly spread; null: all."""
+    seed: int = 0
+    """Of the samples."""
+    batch_size: int = 250
+    """Images drawn at once."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: CUDA where there is one."""
+    devices: int = 1
+    """How many to share the work; the metrics are the same."""
+    name: str | None = None
+    """Of the file of metrics; by default <run>, or <run>-<stage>."""
+    output_root: str = "outputs"
+    """The metrics go to <output_root>/evaluations; what stands there and was measured alike is kept."""
+    imports: list[str] = field(default_factory=list)
+    """Modules to import first, which register parts of their own: docs/extending.md."""
+    dataset: Any = None
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        for key, least in {"bootstrap": 0, "seed": 0, "batch_size": 1, "devices": 1}.items():
+            whole(key, getattr(self, key), least)
+        if self.num_reference is not None:
+            whole("num_reference", self.num_reference, 2)
+        if self.num_steps is not None and self.steps is not None:
+            raise UserError(f"steps={self.steps} is the former name of num_steps={self.num_steps}: give one of them")
+        if self.extrapolate and self.metrics.extractor is not None:
+            whole("metrics.num_samples (with extrapolate=true)", self.metrics.num_samples, LEAST_EXTRAPOLATED)
+        if self.name is not None and (not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith(".")):
+            raise UserError(f"name={self.name} must be one file name of letters, digits and . + - _, e.g. name=first")
+        _ = self.step_counts, self.sampler_names, self.baseline_names
+
+    @property
+    def step_counts(self) -> list[int]:
+        """What `num_steps`, or its former name, lists. Raises UserError where that are no step counts."""
+        key = "num_steps" if self.steps is None else "steps"
+        value = getattr(self, key)
+        if value is None:
+            return []
+        counts = value if isinstance(value, list) else [value]
+        if not are_step_counts(counts):
+            raise UserError(f"{key}={value} must be whole numbers, at least 1, e.g. num_steps=4 or num_steps=[1,2,4,8]")
+        return counts
+
+    @property
+    def sampler_names(self) -> list[str]:
+        """What `samplers` lists. Raises UserError for names that are not known."""
+        return self._names("samplers")
+
+    @property
+    def baseline_names(self) -> list[str]:
+        """What `baselines` lists. Raises UserError for names that are not known."""
+        return self._names("baselines")
+
+    def _names(self, key: str) -> list[str]:
+        value, known = getattr(self, key), registry.names("sampler")
+        names = known if value == "all" else [] if value is None else value if isinstance(value, list) else [value]
+        if not all(name in known for name in names) or (key == "samplers" and not names):
+            raise UserError(f"{key}={value} must be among {', '.join(known)}, or all")
+        return names
+
+
+SETTINGS = {"train": Train, "distill": Distill, "evaluate": Evaluate, "sample": Sample}
+
+
+def register() -> None:
+    """Makes the settings known to Hydra, as the schemas `<command>_settings` that conf/<command>.yaml begins with."""
+    for command, settings in SETTINGS.items():
+        ConfigStore.instance().store(f"{command}_settings", settings)
+
+
+def settings_of(cfg: DictConfig) -> Any:
+    """The composed configuration as its dataclass, checked. Raises UserError where a value cannot be."""
+    return OmegaConf.to_object(cfg)
+
+
+register()

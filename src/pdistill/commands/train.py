@@ -1,0 +1,22 @@
+"""`pdistill train`: a teacher, in `<output_root>/<name>/teacher`."""
+
+from omegaconf import DictConfig
+
+from pdistill.commands import run_directory
+from pdistill.commands.settings import Train, settings_of
+from pdistill.processes import is_main
+
+
+def main(cfg: DictConfig) -> float | None:
+    """Trains the teacher, or goes on, or says that it is finished; returns its metric."""
+    settings: Train = settings_of(cfg)
+    directory, finished = run_directory.find(cfg, result="teacher/metrics.json")
+    if finished:
+        print(f"{directory} is finished; overwrite=true would run it again")
+    else:
+        from pdistill.commands.stages import train  # torch and its company: seconds that a finished run need not wait
+
+        train(settings, cfg, directory)
+    if is_main():
+        print((directory / "teacher" / "metrics.json").read_text() + f"teacher: {directory / 'teacher' / 'denoiser'}")
+    return run_directory.last_metric(directory)

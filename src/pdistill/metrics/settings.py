@@ -1,0 +1,59 @@
+"""Settings of the metrics group, checked when they are made; no torch, so that composing stays quick."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pdistill import registry
+from pdistill.errors import UserError
+
+LEAST_SAMPLES = 2  # that have a covariance
+LEAST_EXTRAPOLATED = 20  # whose tenth has one: what FID-infinity starts from
+
+
+@dataclass
+class Metrics:
+    """With what, and with how many samples, denoisers are measured."""
+
+    extractor: Any = None
+    """A function of the dataset that gives the feature extractor; null: nothing is measured."""
+    num_samples: int = 2000
+    """Samples to measure. FID of few is biased upwards: use more than the extractor has features."""
+    every_n_updates: int | None = None
+    """Also measure every so many updates of a training; null: only at its end."""
+    teacher_curve: dict[str, Any] | None = None
+    """Also measure the teacher by itself, e.g. {steps: [1,2,4], samplers: [ddim,ancestral]}; null: do not."""
+
+    def __post_init__(self) -> None:
+        if self.extractor is not None:
+            whole("metrics.num_samples", self.num_samples, LEAST_SAMPLES)
+        if self.every_n_updates is not None:
+            whole("metrics.every_n_updates", self.every_n_updates, 1)
+        self.check_samplers()
+
+    def check_samplers(self) -> None:
+        """Raises UserError unless `teacher_curve` lists step counts, and samplers that are built in or registered."""
+        if self.teacher_curve is None:
+            return
+        curve, known = self.teacher_curve, registry.names("sampler")
+        samplers = curve.get("samplers") if set(curve) == {"steps", "samplers"} else None
+        known_ones = isinstance(samplers, list) and samplers and all(name in known for name in samplers)
+        if not known_ones or not are_step_counts(curve["steps"]):
+            raise UserError(
+                f"metrics.teacher_curve={curve} must be null or list step counts and samplers, e.g. "
+                f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}} (samplers: {', '.join(known)})"
+            )
+
+
+def whole(key: str, value: object, least: int) -> None:
+    """Raises UserError unless the value of the key is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}={value} must be a whole number, at least {least}")
+
+
+def are_step_counts(values: object) -> bool:
+    """Whether this is a list of one or more whole numbers, none below 1."""
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in values)
+    )
