@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint format wheel bench bench-quick clean
 
 setup: $(READY)
 
@@ -20,14 +20,26 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)  # without build/, which would bring back files that were deleted or moved
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 bench: $(READY)
 	$(BIN)/python benchmarks/speed.py
 
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/speed.py --quick
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs build dist *.egg-info .coverage .coverage.*

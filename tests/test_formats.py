@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pdistill import huggingface, image_cache
-from pdistill.dataset import cifar10, image_folder, imagenet64, lsun
+from pdistill.dataset import cache as image_cache
+from pdistill.dataset import cifar10, huggingface, image_folder, imagenet64, lsun
+from pdistill.dataset.batches import BatchKey
+from pdistill.dataset.huggingface import Stream, StreamedBatches, StreamError
+from pdistill.dataset.pixels import Transform, square_pixels
 from pdistill.errors import UserError
 
 
@@ -59,12 +62,12 @@ def test_the_crop_is_central_and_area_is_the_mean(folder):
     wide.save(folder / "a" / "0.png")
     assert image_folder(str(folder), 8).images[0, :, 4, 0].tolist() == [255, 0, 0]
     square = picture(0, 32, 32)
-    ours = image_cache.crop_and_resize(square, 8, 3, "area")
+    ours, _ = square_pixels(square, Transform(8, resize="area"))
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).double()
     assert np.abs(ours - torch.nn.functional.avg_pool2d(pixels, 4).numpy()).max() <= 0.5
     # 3 pixels on 2: each target covers one and a half
     row = np.array([[0, 100, 200]] * 3, np.uint8)
-    assert image_cache.crop_and_resize(Image.fromarray(row), 2, 1, "area")[0, 0].tolist() == [33, 167]
+    assert square_pixels(Image.fromarray(row), Transform(2, 1, "area"))[0][0, 0].tolist() == [33, 167]
 
 
 def test_a_cache_is_made_once_and_goes_on_where_it_was_killed(folder, cache, monkeypatch):
@@ -75,7 +78,7 @@ def test_a_cache_is_made_once_and_goes_on_where_it_was_killed(folder, cache, mon
     assert torch.equal(image_folder(str(folder), 8).images, whole.images)
     assert (made / "images.bin").stat().st_mtime_ns == written
 
-    opened, real = [], image_cache.crop_and_resize
+    opened, real = [], image_cache.square_pixels
 
     def dies(image, *args):
         opened.append(image.size)
@@ -83,7 +86,7 @@ def test_a_cache_is_made_once_and_goes_on_where_it_was_killed(folder, cache, mon
             raise KeyboardInterrupt
         return real(image, *args)
 
-    monkeypatch.setattr(image_cache, "crop_and_resize", dies)
+    monkeypatch.setattr(image_cache, "square_pixels", dies)
     with pytest.raises(KeyboardInterrupt):
         image_folder(str(folder), 8, cache=str(cache.parent / "mine"))
     assert json.loads((cache.parent / "mine" / "progress.json").read_text())["done"] == 2
@@ -124,7 +127,7 @@ def test_what_a_folder_is_refused_for(folder, tmp_path):
     with pytest.raises(UserError, match=r"all images are grey.*use dataset.image_channels=1"):
         image_folder(str(grey), 8)
     assert image_folder(str(grey), 8, 1).images.shape == (1, 1, 8, 8)
-    with pytest.raises(UserError, match=r"dataset.resize=nearest one of area, bilinear, lanczos"):
+    with pytest.raises(UserError, match=r"dataset.resize=nearest must be one of area, bilinear, lanczos"):
         image_folder(str(folder), 8, resize="nearest")
     with pytest.raises(UserError, match=r"holds no images"):
         image_folder(str(tmp_path / "cache"), 8)
@@ -136,7 +139,7 @@ def test_a_cache_of_another_transform_or_damaged_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"was made otherwise .*image_size 8, now 16; resize lanczos, now area"):
         image_folder(str(folder), 16, resize="area", cache=mine)
     picture(9).save(folder / "a" / "9.png")
-    with pytest.raises(UserError, match=r"was made otherwise \(content"):
+    with pytest.raises(UserError, match=r"was made otherwise \(content [0-9a-f]+, now"):
         image_folder(str(folder), 8, cache=mine)
     (folder / "a" / "9.png").unlink()
     images = tmp_path / "mine" / "images.bin"
@@ -259,7 +262,155 @@ def test_huggingface_stream_is_shared_without_overlap_or_loss(saved, world, work
 
 def test_a_stream_leaves_out_few_and_refuses_many(saved, capsys):
     data = huggingface.load(**saved, streaming=True, reference_images=6)
-    too_large = huggingface.StreamedBatches(data.stream, "picture", "kind", 16, 3, "lanczos", 0.003, 4, False, 2, 0, 1)
+    stream = Stream(data.stream.rows, "picture", data.stream.labels, Transform(16), 0.003, 4)
+    too_large = StreamedBatches(stream, False, BatchKey(2, 0, 1))
     with pytest.raises(UserError, match=r"4 of the stream's first 4 images cannot be used .*9x9 pixels, smaller"):
         next(iter(too_large))
     assert capsys.readouterr().err.count("left out an image of the stream") == 4
+
+
+def labelled(tmp_path, values, feature=None) -> dict:
+    """Images with these labels, saved; the arguments that load them."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()} | ({"label": feature} if feature else {}))
+    rows = {"image": [Image.new("RGB", (9, 9), (20 * k, 0, 0)) for k in range(len(values))], "label": values}
+    dataset = datasets.Dataset.from_dict(rows, features=features if feature else None)
+    dataset.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "labelled")
+    return {"path": str(tmp_path / "labelled"), "label_column": "label", "image_size": 8}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0, None, 1], r"holds None in row 1, which stands for no label, .*dataset.split"),
+        ([0, 1, -1], r"holds -1 in row 2, which stands for no label, .*dataset.split"),
+        (["a", None], r"holds .* in row"),
+        ([0.5, 1.0], r"holds 0.5 in row 0: labels must be whole numbers"),
+        ([0, 10**9], r"holds 1000000000 in row 1: labels must be whole numbers from 0 to 99999"),
+        ([[0, 1], [1]], r"holds \[0, 1\] in row 0"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, values, message, streaming):
+    options = labelled(tmp_path, values)
+    with pytest.raises(UserError, match=rf"dataset.label_column=label of .*labelled {message}") as error:
+        huggingface.load(**options, streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+def test_unlabelled_rows_of_a_class_column_are_refused(tmp_path):
+    import datasets
+
+    options = labelled(tmp_path, [0, -1, 1], datasets.ClassLabel(num_classes=2))
+    with pytest.raises(UserError, match=r"dataset.label_column=label .* holds -1 in row 1"):
+        huggingface.load(**options)
+
+
+def test_strings_are_classes_in_the_order_of_their_names(tmp_path):
+    options = labelled(tmp_path, ["dog", "cat", "emu", "cat"])
+    data = huggingface.load(**options)
+    assert data.labels.tolist() == [1, 0, 2, 0] and data.num_classes == 3
+    with pytest.raises(UserError, match=r"holds 'dog' in row 0: .* dataset.streaming=false"):
+        huggingface.load(**options, streaming=True)
+
+
+def test_classes_that_no_image_has_are_counted(tmp_path):
+    import datasets
+
+    options = labelled(tmp_path, [0, 1], datasets.ClassLabel(num_classes=5))
+    assert huggingface.load(**options).num_classes == huggingface.load(**options, streaming=True).num_classes == 5
+
+
+def test_a_label_that_comes_late_in_a_stream_is_one_line_from_a_worker_too(tmp_path):
+    data = huggingface.load(**labelled(tmp_path, [0, 1, 1, 7]), streaming=True, reference_images=3)
+    assert data.num_classes == 2
+    for workers in (0, 1):
+        loader = DataLoader(data.batches(4, 0, 1), batch_size=None, num_workers=workers)
+        with pytest.raises(StreamError) as error:
+            next(iter(loader))
+        assert "holds 7 in example" in str(error.value) and "from 0 to 1" in str(error.value)
+        assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_dataset_that_changed_is_another(tmp_path, streaming):
+    """Of the same shape, size, path, and split."""
+    import shutil
+
+    seen = []
+    for values in ([0, 1, 2], [0, 1, 2], [2, 1, 0]):
+        shutil.rmtree(tmp_path / "labelled", ignore_errors=True)
+        options = labelled(tmp_path, values)
+        seen.append(huggingface.load(**options, streaming=streaming))
+    assert seen[0].fingerprint != seen[2].fingerprint and seen[2].labels.tolist() == [2, 1, 0]
+    if not streaming:
+        assert seen[0].fingerprint == seen[1].fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_image_edited_in_place_is_seen_through_the_library(tmp_path, monkeypatch, streaming):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    for where in ("A", "B"):
+        (tmp_path / where / "photos").mkdir(parents=True)
+    seen = []
+    for where, colour in (("A", "red"), ("A", "blue"), ("B", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / where / "photos" / "1.bmp")
+        data = huggingface.load(str(tmp_path / where / "photos"), 8, streaming=streaming)
+        assert data.images[0, :, 0, 0].tolist() == list(Image.new("RGB", (1, 1), colour).getpixel((0, 0)))
+        seen.append(data.fingerprint)
+    assert len(set(seen)) == 3
+
+
+def test_an_external_image_of_a_table_is_seen_when_it_changes(tmp_path):
+    """A table can hold paths alone, and its own files then stay as they were."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "1.bmp")]}).cast_column("image", datasets.Image())
+    lines = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "1.bmp")
+        lines.append(list(huggingface._identity_of_rows(rows, "image")))
+    assert lines[0] != lines[1]
+
+
+def test_npz_batches_elsewhere_or_edited_are_others(tmp_path):
+    seen = []
+    for where, level in (("a", 10), ("b", 20), ("a", 30)):
+        (tmp_path / where / "npz").mkdir(parents=True, exist_ok=True)
+        pixels = np.full((2, 3 * 64 * 64), level, np.uint8)
+        np.savez(tmp_path / where / "npz" / "train_data_batch_1.npz", data=pixels, labels=np.array([1, 2]))
+        (tmp_path / where / "npz" / "._train_data_batch_1.npz").write_bytes(b"of macOS")
+        data = imagenet64(str(tmp_path / where / "npz"))
+        assert data.images.unique().tolist() == [level]
+        seen.append(data.fingerprint)
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("labels", [np.array([0, 1]), np.array([1.5, 2]), np.array([1, 1001]), np.array([[1, 2]])])
+def test_npz_labels_that_are_no_classes_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((2, 3 * 64 * 64), np.uint8), labels=labels)
+    with pytest.raises(UserError, match=r"batch_1.npz is no batch of Downsampled ImageNet: its labels are "):
+        imagenet64(str(tmp_path))
+
+
+def test_lsun_elsewhere_or_edited_is_another(tmp_path):
+    import io
+
+    seen = []
+    for where, colour in (("a", "red"), ("b", "green"), ("a", "blue")):
+        root = tmp_path / where / "church_outdoor_train_lmdb"
+        root.mkdir(parents=True, exist_ok=True)
+        with lmdb.open(str(root), map_size=2**24) as database, database.begin(write=True) as transaction:
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), colour).save(buffer, "BMP")
+            transaction.put(b"key", buffer.getvalue())
+        data = lsun(str(tmp_path / where), "church_outdoor", 16)
+        assert data.images[0, :, 0, 0].tolist() == list(Image.new("RGB", (1, 1), colour).getpixel((0, 0)))
+        seen.append(data.fingerprint)
+    assert len(set(seen)) == 3
+    (tmp_path / "b" / "church_outdoor_train_lmdb" / "data.mdb").write_bytes(b"no database")
+    with pytest.raises(UserError, match=r"church_outdoor_train_lmdb is damaged"):
+        lsun(str(tmp_path / "b"), "church_outdoor", 16)

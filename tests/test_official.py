@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdistill import official
-from pdistill.denoiser import Denoiser, timestep_of
+from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
+from pdistill.interop import flax as official
 from pdistill.interop.flax import infer_architecture, load_official_checkpoint
 from pdistill.sampling import sample
+from pdistill.schedule import timestep_of
 
 DATA = Path(__file__).parent / "data"
 WHOLE = (DATA / "official_unet_x.flax").read_bytes()

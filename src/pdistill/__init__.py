@@ -11,6 +11,7 @@ from pdistill.registry import register
 if TYPE_CHECKING:
     from pdistill.denoiser import Denoiser
     from pdistill.interop.flax import load_official_checkpoint
+    from pdistill.interop.teachers import load_diffusers_teacher
     from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
     from pdistill.sampling import ddim_step, sample
     from pdistill.schedule import CosineSchedule, EdmSchedule, FlowSchedule
@@ -37,6 +38,7 @@ _HOMES = {
     "sample": "sampling",
     "ddim_step": "sampling",
     "distillation_target": "target",
+    "load_diffusers_teacher": "interop.teachers",
     "load_official_checkpoint": "interop.flax",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "constant",
     "ddim_step",
     "distillation_target",
+    "load_diffusers_teacher",
     "load_official_checkpoint",
     "register",
     "sample",

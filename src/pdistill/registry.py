@@ -17,7 +17,12 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
     "schedule": {
         name: f"pdistill.schedule:{cls}"
-        for name, cls in {"cosine": "CosineSchedule", "flow": "FlowSchedule", "edm": "EdmSchedule"}.items()
+        for name, cls in {
+            "cosine": "CosineSchedule",
+            "flow": "FlowSchedule",
+            "edm": "EdmSchedule",
+            "betas": "BetaSchedule",
+        }.items()
     },
     "weighting": {
         name: f"pdistill.weighting:{name}"

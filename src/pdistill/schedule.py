@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,6 +109,8 @@ class FlowSchedule(Schedule):
     shift: float = 1.0
     logsnr_min: float = -math.inf
     logsnr_max: float = 20.0
+    train_timesteps: int | None = None
+    """Of an imported network, which sees train_timesteps x u of time."""
 
     def __post_init__(self) -> None:
         if not self.shift > 0:
@@ -123,6 +126,12 @@ class FlowSchedule(Schedule):
     def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) with alpha + sigma = 1."""
         return flow_matching(logsnr)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """1000 atan(sigma / alpha) 2 / pi, or, of an imported network, train_timesteps x u."""
+        if self.train_timesteps is None:
+            return super().timestep(t)
+        return self.train_timesteps * self.shift * t / (1 + (self.shift - 1) * t)
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,39 @@ class EdmSchedule(Schedule):
         normal = math.sqrt(2) * torch.erfinv((2 * u.double() - 1).clamp(-1 + 1e-9, 1 - 1e-9))
         sigma = torch.exp(self.mean + self.std * normal).clamp(self.sigma_min, self.sigma_max)
         return ((sigma ** (1 / self.rho) - low) / (high - low)).clamp(0, 1).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class BetaSchedule(Schedule):
+    """The schedule of discrete betas that an imported network was trained with; variance preserving.
+
+    `alphas_cumprod` are its T values of alpha^2, falling; its index k is t = (k + 1) / T. Between them log-SNR is
+    interpolated linearly in t, below 1 / T extrapolated; where the last value is 0, log-SNR falls to -inf in the last
+    interval. The network sees the timestep T t - 1, not below 0. Raises ValueError for values that do not fall from
+    below 1 to 0 or above.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alphas_cumprod", tuple(self.alphas_cumprod))
+        values = self.alphas_cumprod
+        if len(values) < 2 or not (1 > values[0] and values[-1] >= 0) or any(a <= b for a, b in pairwise(values)):
+            raise ValueError("alphas_cumprod must be at least two values that fall from below 1, to 0 or above")
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t in [0, 1], any shape -> logsnr of that shape."""
+        position = t.double() * len(self.alphas_cumprod) - 1  # in indices; -1 at t = 0
+        k = position.floor().clamp(0, len(self.alphas_cumprod) - 2).long()
+        nodes = torch.logit(torch.tensor(self.alphas_cumprod, dtype=torch.float64)).to(t.device)
+        here, there, share = nodes[k], nodes[k + 1], position - k
+        to_nothing = here + 2 * torch.log1p(-share.clamp(max=1))
+        logsnr = torch.where(there.isinf(), to_nothing, here + share * (there - here).nan_to_num(neginf=0))
+        return logsnr.to(t.dtype)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """T t - 1, not below 0."""
+        return (t * len(self.alphas_cumprod) - 1).clamp(min=0)
 
 
 def logsnr_on_grid(schedule: Callable[[Tensor], Tensor], i: Tensor, num_steps: int) -> Tensor:

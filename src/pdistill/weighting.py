@@ -3,6 +3,8 @@
 SNR = exp(logsnr) = alpha^2 / sigma^2. All take and return tensors of one shape.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,8 @@ def flow(logsnr: Tensor) -> Tensor:
 def edm(logsnr: Tensor, sigma_data: float = 0.5) -> Tensor:
     """SNR + 1 / sigma_data^2: the weight of Karras et al., 2022, (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
     return logsnr.exp() + sigma_data**-2
+
+
+def weighted_loss(weighting: Callable[[Tensor], Tensor], x_hat: Tensor, x: Tensor, logsnr: Tensor) -> Tensor:
+    """w(logsnr) times the mean squared error in x, per example: (B, C, H, W) twice and (B,) -> (B,)."""
+    return weighting(logsnr) * (x_hat - x).square().mean(dim=(1, 2, 3))

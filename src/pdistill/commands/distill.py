@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> float | None:
 
         distill(settings, cfg, directory)
     if is_main():
-        from pdistill.report.page import show
+        from pdistill.commands.report import show
 
         show(directory)
     return run_directory.last_metric(directory)

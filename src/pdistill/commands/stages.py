@@ -4,17 +4,16 @@
 order; while a stage trains, `last.ckpt` is what it resumes from.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import Callback, Fabric, LightningModule
+from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,6 +26,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted, UserError
 from pdistill.files import read_json, write_json
 from pdistill.metrics.curve import measure_teacher
+from pdistill.metrics.extractors import build
 from pdistill.metrics.fid import FID
 from pdistill.processes import barrier, is_main
 from pdistill.randomness import seed_of
@@ -34,20 +34,17 @@ from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
 from pdistill.steps import Stage
+from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
-from pdistill.training.fit import accumulated_batches
+from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
 from pdistill.training.logger import close, log_stage, log_summary
-from pdistill.training.module import Recipe
+from pdistill.training.module import DenoisingModule, Recipe
 from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
 GRID_IMAGES = 64
 NEIGHBOURS_OF = 12  # samples
 NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
-
-warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that do not fit this use
-warnings.filterwarnings("ignore", category=FutureWarning)
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are, tips, why a fit ended
 
 
 @dataclass
@@ -59,7 +56,6 @@ class Job:
     data: ImageSet
     fid: FID | None
     loggers: list[Logger]
-    callbacks: list[Callback]
     device: torch.device
 
     def recipe(self, section: Optimization) -> Recipe:
@@ -161,8 +157,9 @@ def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
     alpha = float(denoiser.schedule.alpha_sigma(terminal)[0])
     done = "distilled" if isinstance(settings, Distill) else "trained"
     raise UserError(
-        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR {float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = "
-        f"{alpha:.2g}. Use parameterization=x, x_eps or v, or allow_unstable=true to try all the same"
+        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR "
+        f"{float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use parameterization=x, "
+        f"x_eps or v, or allow_unstable=true to try all the same"
     )
 
 
@@ -200,10 +197,17 @@ def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
 def _check(settings: Train, sections: list[Optimization]) -> None:
     """Batches that divide among the devices, metrics that can be measured, and a trainer that this machine can run."""
     settings.metrics.check_samplers()
+    trainer = _trainer(settings)
+    least, most = trainer.accumulate_grad_batches, settings.max_batch_per_device
     for section in sections:
-        accumulated_batches(settings.trainer, section.batch_size, settings.max_batch_per_device, section.section)
+        accumulated_batches(section.batch_size, trainer.world_size, least, most, f"{section.section}.batch_size")
+
+
+def _trainer(settings: Train) -> Trainer:
+    """A Trainer that fits nothing: it tells of the devices. Raises UserError where this machine cannot run it."""
     try:
-        instantiate(settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+        with quietly():
+            return instantiate(settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
@@ -214,18 +218,19 @@ def _open(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> 
     """Everything that a run holds open, closed again whatever happens; loggers are told how it ended."""
     fid = None
     if settings.metrics.extractor is not None:
-        extractor = instantiate(settings.metrics.extractor)(data)
+        extractor = build(instantiate(settings.metrics.extractor), data)
         fid = FID(extractor, data, settings.metrics.num_samples, settings.seed)
-    callbacks = [instantiate(node) for node in (settings.callbacks or {}).values()]
     writing = run_directory.Writing(cfg, directory, data.fingerprint)
-    device = _launch(settings.trainer)
+    trainer = _trainer(settings)
+    start_processes(trainer)
+    device = trainer.strategy.root_device
     loggers: list[Logger] = []
     status = "failed"
     try:
         loggers = [instantiate(settings.logger)] if settings.logger else []
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        yield Job(settings, directory, data, fid, loggers, callbacks, device)
+        yield Job(settings, directory, data, fid, loggers, device)
         status = "success"
     except Interrupted:
         status = "interrupted"
@@ -233,19 +238,6 @@ def _open(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> 
     finally:
         close(loggers, status)
         writing.close()
-
-
-def _launch(trainer: dict[str, Any]) -> torch.device:
-    """Starts the processes of further devices before anything is measured, and says which device is this one's."""
-    several = trainer["devices"] != 1 or trainer.get("num_nodes", 1) != 1
-    fabric = Fabric(
-        accelerator=trainer["accelerator"],
-        devices=trainer["devices"],
-        num_nodes=trainer.get("num_nodes", 1),
-        strategy="ddp" if several else "auto",
-    )
-    fabric.launch()
-    return fabric.device
 
 
 def _train_teacher(job: Job, teacher: Denoiser) -> None:
@@ -265,8 +257,24 @@ def _distill_stage(job: Job, method: Any, stage: Stage, results: list[Path]) -> 
     _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
 
 
-def _fit(job: Job, module: LightningModule, name: str, batch_size: int, counts: tuple[int, int]) -> None:
-    raise NotImplementedError
+def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: tuple[int, int]) -> None:
+    settings, (updates, num_steps) = job.settings, counts
+    data = ImageDataModule(job.data, batch_size, settings.seed, module.stage_index, settings.num_workers)
+    options = FitSettings(
+        directory=job.directory / name,
+        prefix=metric_prefix(name),
+        updates=updates,
+        num_steps=num_steps,
+        trainer=partial(instantiate, settings.trainer),
+        loggers=job.loggers,
+        callbacks=[instantiate(node) for node in (settings.callbacks or {}).values()],
+        metric=job.fid,
+        measure_every_n_updates=settings.metrics.every_n_updates,
+        checkpoint_every_n_updates=settings.checkpoint_every_n_updates,
+        max_batch_per_device=settings.max_batch_per_device,
+        progress_bar=settings.trainer["enable_progress_bar"],
+    )
+    fit(module, data, options)
 
 
 def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -310,8 +318,17 @@ def _measure_teacher(job: Job) -> None:
     if fid is None or curve is None:
         return
     denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(job.device)
-    measure: Callable[[int, str], float] = lambda n, sampler: fid.measure(denoiser, n, job.device, sampler)  # noqa:
-    E731 measure_teacher(job.directory / "teacher" / "curve.json", curve["steps"], curve["samplers"], measure)
+
+    def measure(num_steps: int, sampler: str) -> float:
+        return fid.measure(denoiser, num_steps, job.device, sampler)
+
+    measure_teacher(
+        job.directory / "teacher" / "curve.json",
+        curve["steps"],
+        curve["samplers"],
+        measure,
+        fid.provenance(denoiser, 1),
+    )
 
 
 def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:

@@ -1,22 +1,24 @@
 """Tables over runs, and, over seeds, curves with their spread: what a Hydra multirun ends with.
 
-`python -m pdistill.sweep outputs/a outputs/b ...` makes them of any runs, and of a W&B project with
-`python -m pdistill.sweep wandb:<entity>/<project>`.
+`pdistill sweep outputs/a outputs/b ...`, or `python -m pdistill.commands.sweep`, makes them of any runs, and of a W&B
+project with `pdistill sweep wandb:<entity>/<project>`.
 """
 
 import csv
-import hashlib
-import statistics
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from pdistill import curve, report
-from pdistill.commands.run_directory import UNCOMPARED, flat
-from pdistill.errors import UserError
-from pdistill.report.tables import comparable
+from pdistill.commands.arguments import Parser, directory_of, run_as_script, without_imports
+from pdistill.errors import UserError, first_line
+from pdistill.files import digest_of, whole, write_text
+from pdistill.metrics.curve import STUDENTS, teacher_points
+from pdistill.metrics.provenance import comparable
+from pdistill.report import page, plots, tables, wandb
+from pdistill.report.choices import ALWAYS, Config, Made, silent, tell_apart
+from pdistill.report.runs import curves_of, finite, metric_keys, ratios_of, rows_of, run_json
 
 # Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
 PAPER_CIFAR10 = {
@@ -33,58 +35,84 @@ PAPER_CIFAR10 = {
     ("v", "truncated_snr"): ("2.75", "2.45"),
     ("v", "snr_plus_one"): ("2.87", "2.49"),
 }
+OTHERWISE = "measured otherwise than the first"
+FAILED = "failed"
+NOT_FINISHED = "not finished"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep: its run, what was chosen for it, and its line of error if it failed."""
+    """One job of a sweep: its run, what was chosen for it, and its line of error if it failed.
+
+    `choices` are names of parts by their groups, and values of keys that were typed or that differ. The job's result
+    is read from its run directory, so that jobs of other processes need to bring no more than these fields.
+    """
 
     name: str
-    choices: dict[str, str]
+    choices: dict[str, str] = field(default_factory=dict)
     error: str | None = None
-    elsewhere: list[dict] | None = None  # the rows of the stages of a run that is in no directory here
+    directory: Path | None = None
+    """By default outputs/<name>."""
+    elsewhere: list[dict] | None = None
+    """The rows of the stages of a run that is in no directory here."""
 
     @property
-    def directory(self) -> Path:
-        return Path("outputs") / self.name
+    def place(self) -> Path:
+        return self.directory or Path("outputs", self.name)
+
+    @classmethod
+    def of_result(cls, result: dict[str, Any]) -> "Job":
+        """From what a job leaves in a file: name, output_root, groups (their choices), choices (typed), and error."""
+        directory = Path(result["output_root"]).expanduser() / result["name"]
+        chosen = {k: str(v) for k, v in (result["groups"] | result["choices"]).items()}
+        return cls(result["name"], chosen, result["error"], directory)
 
     @property
     def stages(self) -> list[dict]:
         """The rows of the stages that are finished, teacher first."""
-        return report.rows_of(self.directory) if self.elsewhere is None else self.elsewhere
+        return rows_of(self.place) if self.elsewhere is None else self.elsewhere
 
     @property
     def provenance(self) -> dict:
-        return self.stages[0].get("provenance", {}) if self.stages else {}
+        return (self.stages[0].get("provenance") or {}) if self.stages else {}
+
+    @property
+    def teacher(self) -> bool:
+        """Whether its teacher is finished."""
+        return any(stage["stage"] == "teacher" for stage in self.stages)
+
+    @property
+    def failure(self) -> str | None:
+        """Its error, or that it left no result: a job whose process was killed says nothing."""
+        finished = self.elsewhere is not None or _finished(self.place)
+        return self.error or (None if finished else NOT_FINISHED)
 
 
 def finish(jobs: list[Job]) -> None:
-    """Writes the table of a sweep and prints where; raises UserError if a job failed, after writing.
+    """Writes the table of a sweep, beside its runs, and prints where; raises UserError if a job failed, after writing.
 
     Jobs that differ in nothing but `seed` are one row, mean and standard deviation; the csv has a row for each job.
     """
-    key = hashlib.sha256("\n".join(job.name for job in jobs).encode()).hexdigest()[:8]
-    directory = Path("outputs") / f"sweep-{key}"
-    directory.mkdir(parents=True, exist_ok=True)
-    rows = [_row(job) for job in jobs]
-    for job, row in zip(jobs, rows, strict=True):
-        if other := differing(jobs[0], job):
-            row["measured otherwise than the first"] = "; ".join(other)
+    root = jobs[0].place.parent
+    names = (job.name if job.place.parent == root else str(job.place) for job in jobs)
+    directory = root / f"sweep-{digest_of(names)[:8]}"
+    rows = _rows(jobs)
     headings = list(dict.fromkeys(k for row in rows for k in row))
-    with (directory / "ablation.csv").open("w", newline="") as file:
+    with whole(directory / "ablation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, headings)
         writer.writeheader()
         writer.writerows(rows)
-    lines = _over_seeds(rows)
-    (directory / "ablation.md").write_text("\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines) + f"\n\nsweep: {directory / 'ablation.md'} and .csv")
-    here = [job.directory for job in jobs if job.elsewhere is None and job.stages]
+    table = tables.over_seeds(rows, apart=(OTHERWISE, FAILED))
+    text = "\n".join(tables.markdown(*table))
+    write_text(directory / "ablation.md", text + "\n")
+    print(f"\n{text}\n\nsweep: {directory / 'ablation.md'} and .csv")
+    here = [job.place for job in jobs if job.elsewhere is None and job.teacher]
     if here:
-        report.write(here, directory / "report.html")
+        page.write(here, directory / "report.html")
         print(f"report: {directory / 'report.html'}")
-    if {k for row in rows for k in row if row[k] != rows[0].get(k) and isinstance(row[k], str)} <= {"seed"} and here:
+    if here and len(table[1]) == 1:
         _draw_curves(here, directory)
-    failed = [job for job in jobs if job.error]
+    failed = [job for job in jobs if job.failure]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}")
 
@@ -92,140 +120,142 @@ def finish(jobs: list[Job]) -> None:
 def collect(sources: list[str]) -> list[Job]:
     """Runs, finished or not, as the jobs of a sweep, told apart by what their configurations differ in.
 
-    A source is a directory outputs/<name>, or wandb:<entity>/<project> for all runs of a W&B project. Raises UserError
-    for what is neither, and for figures that cannot be compared, with the keys of their provenance that differ.
+    A source is a run directory, or wandb:<entity>/<project> for all runs of a W&B project. Raises UserError for what
+    is neither, and for metrics that cannot be compared, with the keys of their provenance that differ.
     """
-    from pdistill.parameterization import BY_NAME  # torch, which other users of this module need not wait for
-
     if not sources:
         raise UserError("give runs to collect: directories outputs/<name>, or wandb:<entity>/<project>")
-    names = {cls.__name__: name for name, cls in BY_NAME.items()}
-    found = [
-        run
-        for source in sources
-        for run in (_of_wandb(source[6:]) if source.startswith("wandb:") else [_of_directory(Path(source))])
-    ]
-    configs = [flat(config) for _, config, _, _ in found]
-    keys = {key for config in configs for key in config}
-    keys = sorted(k for k in keys if len({config.get(k) for config in configs}) > 1)
-    jobs = []
-    for (name, _, stages, error), config in zip(found, configs, strict=True):
-        groups = {
-            "parameterization": "parameterization._target_",
-            "weighting": "weighting.path",
-            "dataset": "dataset._target_",
-        }
-        choices = {group: config[key].rpartition(".")[2] for group, key in groups.items()}
-        choices["parameterization"] = names[choices["parameterization"]]
-        choices |= {k: config.get(k, "") for k in keys if k not in groups.values()}
-        jobs.append(Job(name, choices, error, stages))
-    for job in jobs[1:]:
-        if other := differing(jobs[0], job):
+    found = [run for source in sources for run in _found(source)]
+    ours = [run for run in found if run.config]
+    chosen = iter(tell_apart([Made(run.config, run.facts) for run in ours]))
+    jobs = [Job(run.name, next(chosen) if run.config else {}, run.error, run.directory, run.elsewhere) for run in found]
+    measured = [job for job in jobs if job.provenance]
+    for job in measured[1:]:
+        if other := differing(measured[0], job):
             raise UserError(
-                f"{job.name} was measured otherwise than {jobs[0].name} ({'; '.join(other)}): figures of "
+                f"{job.name} was measured otherwise than {measured[0].name} ({'; '.join(other)}): metrics of "
                 f"different provenance are no comparison; measure both alike"
             )
     return jobs
 
 
-Found = tuple[str, DictConfig, "list[dict] | None", str | None]  # name, configuration, stages' rows, error
-
-
-def _of_directory(directory: Path) -> Found:
-    if directory.parent != Path("outputs") or not (directory / "config.yaml").exists():
-        raise UserError(f"{directory} is no run: give directories outputs/<name> that hold a config.yaml")
-    config = OmegaConf.load(directory / "config.yaml")
-    result = "summary.json" if "distillation" in config else "teacher/metrics.json"
-    return directory.name, config, None, None if (directory / result).exists() else "not finished"
-
-
-def _of_wandb(project: str) -> list[Found]:
-    """The runs of a W&B project, their figures from their summaries. Raises UserError where there are none."""
-    import wandb
-
-    try:
-        runs = list(wandb.Api().runs(project))
-    except Exception as error:  # requests', wandb's and GraphQL's own, of many kinds
-        raise UserError(f"W&B does not give the runs of {project} ({str(error).splitlines()[0]})") from error
-    if not runs:
-        raise UserError(f"the W&B project {project} holds no runs")
-    found = []
-    for run in runs:
-        stages: dict[str, dict] = {}
-        for key, value in dict(run.summary).items():
-            prefix, _, name = key.partition("/")
-            if prefix == "teacher" or prefix.startswith("steps_"):
-                stages.setdefault(prefix.replace("_", "-"), {})[name] = value
-        rows = [{"stage": stage} | row for stage, row in sorted(stages.items(), reverse=True) if "num_steps" in row]
-        provenance = dict(run.summary).get("provenance")
-        rows = [row | {"provenance": dict(provenance)} if provenance else row for row in rows]
-        error = None if run.state == "finished" else run.state
-        found.append((run.name, OmegaConf.create(dict(run.config)), rows, error))
-    return found
-
-
 def differing(a: Job, b: Job) -> list[str]:
-    """What makes figures of the one no comparison with those of the other, as "key theirs, there ours"."""
+    """What makes metrics of the one no comparison with those of the other, as "key theirs, there ours"."""
     return comparable(a.provenance, b.provenance) if a.provenance and b.provenance else []
 
 
-def _row(job: Job) -> dict[str, object]:
-    """parameterization, weighting, what else was swept, the FID of the teacher and of each student."""
-    row: dict[str, object] = {k: job.choices.get(k, "") for k in ("parameterization", "weighting")}
-    silent = (*UNCOMPARED, "experiment", "dataset")
-    row |= {k: v for k, v in job.choices.items() if k.split(".")[0] not in silent}
-    for stage in job.stages:
-        column = "teacher" if stage["stage"] == "teacher" else str(stage["num_steps"])
-        for key in (k for k in stage if k.startswith("fid")):
-            row[f"{key} {column}"] = stage[key]
-            if stage["stage"] == "teacher":
-                points = curve.teacher_points(job.directory).get("ancestral", {})
-                row |= {f"{key} teacher, ancestral": v for n, v in points.items() if n == str(stage["num_steps"])}
-    paper = PAPER_CIFAR10.get((row["parameterization"], row["weighting"]))
+@dataclass(frozen=True)
+class Found:
+    """A run as it lies somewhere: its configuration, its run.json, and how it ended.
+
+    The configuration of a run of another program, in a W&B project, is empty.
+    """
+
+    name: str
+    config: Config
+    facts: dict[str, Any]
+    error: str | None
+    directory: Path | None = None
+    elsewhere: list[dict] | None = None
+
+
+def _found(source: str) -> list[Found]:
+    if source.startswith("wandb:"):
+        return [_of_wandb(run) for run in wandb.Project(source.removeprefix("wandb:")).runs()]
+    return [_of_directory(directory_of(source))]
+
+
+def _of_directory(directory: Path) -> Found:
+    config = _config(directory)
+    if config is None or "parameterization" not in config:
+        raise UserError(
+            f"{directory} is no run: give run directories, outputs/<name>, which hold pdistill's config.yaml"
+        )
+    error = None if _finished(directory) else NOT_FINISHED
+    return Found(directory.name, config, run_json(directory), error, directory)
+
+
+def _config(directory: Path) -> Config | None:
+    """A run's configuration; None where there is none. Raises UserError for one that is damaged."""
+    file = directory / "config.yaml"
+    if not file.is_file():
+        return None
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # YAML's and OmegaConf's own, of many kinds
+        raise UserError(f"{file} is damaged ({first_line(error)}): leave {directory} out, or run it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is damaged (it holds no keys): leave {directory} out, or run it again")
+    return {str(k): v for k, v in config.items()}
+
+
+def _finished(directory: Path) -> bool:
+    """Whether the file is there that the run writes last."""
+    last = "summary.json" if "distillation" in (_config(directory) or {}) else "teacher/metrics.json"
+    return (directory / last).exists()
+
+
+def _of_wandb(run: Any) -> Found:
+    """A run of W&B. It is finished if its last stage is there: W&B's word is "finished" for interrupted runs, too."""
+    config, stages = dict(run.config), wandb.stages_of(dict(run.summary))
+    if "parameterization" not in config:
+        return Found(run.name, {}, {}, "no run of pdistill", elsewhere=[])
+    plan = (config.get("steps") or {}).get("plan") or [None]
+    last = f"steps-{plan[-1]:04d}" if "distillation" in config and isinstance(plan[-1], int) else "teacher"
+    finished = any(stage["stage"] == last for stage in stages)
+    state = "" if run.state == "finished" else f" ({run.state})"
+    return Found(run.name, config, {}, None if finished else NOT_FINISHED + state, elsewhere=stages)
+
+
+Row = dict[str, "str | float"]
+
+
+def _rows(jobs: list[Job]) -> list[Row]:
+    """The table's rows, one for each job, with the columns of what differs between the jobs."""
+    keys = dict.fromkeys(k for job in jobs for k in job.choices if k not in ALWAYS and not silent(k))
+    differ = [k for k in keys if len({str(job.choices.get(k, "")) for job in jobs if job.choices}) > 1]
+    rows = [_row(job, [*ALWAYS, *differ]) for job in jobs]
+    first = next((job for job in jobs if job.provenance), None)
+    for job, row in zip(jobs, rows, strict=True):
+        if first and (other := differing(first, job)):
+            row[OTHERWISE] = "; ".join(other)
+    return rows
+
+
+def _row(job: Job, keys: list[str]) -> Row:
+    """What was chosen, and the FID of the teacher and of each student."""
+    row: Row = {k: str(job.choices.get(k, "")) for k in keys}
+    stages = job.stages
+    for key in metric_keys(stages):
+        for stage in stages:
+            teacher = stage["stage"] == "teacher"
+            values = {"teacher" if teacher else str(stage["num_steps"]): stage.get(key)}
+            if teacher and job.elsewhere is None:
+                values["teacher, ancestral"] = teacher_points(job.place).get("ancestral", {}).get(stage["num_steps"])
+            row |= {f"{key} {column}": v for column, value in values.items() if (v := finite(value)) is not None}
+    paper = PAPER_CIFAR10.get((str(row["parameterization"]), str(row["weighting"])))
     if job.choices.get("dataset") == "cifar10" and paper:
         row |= {"paper, DDIM": paper[0], "paper, stochastic": paper[1]}
-    if job.error:
-        row["failed"] = job.error
-    return row
-
-
-def _over_seeds(rows: list[dict[str, object]]) -> list[str]:
-    """Markdown: jobs that differ in nothing but `seed` as one row, mean and standard deviation; the best in bold."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        words = tuple((k, v) for k, v in row.items() if isinstance(v, str) and k != "seed")
-        groups.setdefault(words, []).append(row)
-    headings = list(dict.fromkeys(k for row in rows for k in row))
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    means: dict[str, list[float]] = {}
-    for members in groups.values():
-        for heading in headings:
-            if figures := [m[heading] for m in members if isinstance(m.get(heading), float)]:
-                means.setdefault(heading, []).append(statistics.mean(figures))
-    for words, members in groups.items():
-        cells = dict(words) | {"seed": ", ".join(str(m.get("seed", "")) for m in members)}
-        for heading in headings:
-            figures = [m[heading] for m in members if isinstance(m.get(heading), float)]
-            cell = curve.mean_and_spread(figures)
-            best = len(groups) > 1 and figures and statistics.mean(figures) == min(means[heading])
-            cells.setdefault(heading, f"**{cell}**" if best else cell)
-        lines.append("| " + " | ".join(cells[h] for h in headings) + " |")
-    return lines
+    return row | ({FAILED: job.failure} if job.failure else {})
 
 
 def _draw_curves(runs: list[Path], directory: Path) -> None:
     """curve.png and curve.md of runs that differ in their seeds alone and have students."""
-    curves = curve.read(*runs)
-    if curve.STUDENTS not in curves or not all(curves[curve.STUDENTS].values()):
+    curves = curves_of(*runs)
+    if STUDENTS not in curves:
         return
-    lines = curve.table(curves)
-    (directory / "curve.md").write_text("\n".join(lines) + "\n")
-    curve.plot(curves, "FID", directory / "curve.png")
+    lines = tables.markdown(*tables.curve_table(curves, ratios_of(*runs)))
+    write_text(directory / "curve.md", "\n".join(lines) + "\n")
+    plots.plot(curves, "FID", directory / "curve.png")
     print("\n" + "\n".join(lines) + f"\n\ncurves: {directory / 'curve.png'} and .md")
 
 
+def main(arguments: list[str]) -> None:
+    """Makes the tables of the runs that the arguments name. Raises UserError where one is no run, or unfinished."""
+    parser = Parser("pdistill sweep", description="Tables over runs, and, over seeds, curves with their spread.")
+    parser.add_argument("runs", nargs="+", help="run directories, outputs/<name>, or wandb:<entity>/<project>")
+    finish(collect(parser.parse_args(without_imports(arguments)).runs))
+
+
 if __name__ == "__main__":
-    try:
-        finish(collect(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_script(main)

@@ -1,249 +1,301 @@
 """Images of any size, cropped and resized once into a memory-mapped array of uint8 on disk.
 
 A cache is a directory: `images.bin`, uint8 (N, C, S, S) and nothing else; `labels.npy`, int64 (N,), if there are
-labels; and, once it is complete, `cache.json`, which says what it was made from and how. While it is being made,
-`progress.json` says how far it got, and the same command goes on from there.
+labels; and, once it is complete, `cache.json`, which says what it was made from and how, and the digest of both. While
+it is being made, `progress.json` says how far it got, and the same command goes on from there.
 """
 
-import fcntl
-import functools
+import contextlib
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from pdistill.dataset.images import ImageSet, chained, digest_of_chain
+from pdistill.dataset.pixels import Transform, square_pixels
+from pdistill.dataset.settings import flag, fraction, location, reason, shown
 from pdistill.errors import UserError
-from pdistill.files import write_json
+from pdistill.files import cache_directory, digest_of, locked, read_json, write_json
+from pdistill.processes import is_main
 
+FORMAT = 2  # 1: pdistill 0.1.0, which knew neither EXIF nor transparency nor 16 bits
 CHUNK = 1024  # images between two notes of progress
-GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "F"}
 LONG = 2000  # images, from which on a progress bar is worth having
 IN_MEMORY = 2 * 1024**3  # bytes; larger caches stay on disk
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images to be cached: item i is `open(i)`, its name `names[i]`, its class `labels[i]`.
-
-    `key` stands for the content, so that a cache of other images is not taken for this one's. `open` may raise
-    whatever a decoder raises, and is called from several threads.
-    """
+    """Images to be cached: item i is `open(i)`, its name `names[i]`, its class `labels[i]`."""
 
     name: str
+    """Of the dataset, for messages."""
     key: str
+    """Stands for the content: other content, another key."""
+    key_now: Callable[[], str]
+    """The key, worked out anew: what was cached is old if it has changed since."""
     names: Sequence[str]
+    """Of the images, for messages."""
     open: Callable[[int], Image.Image]
+    """May raise whatever a decoder raises; called from several threads."""
     labels: Sequence[int] | None = None
-
-
-def cache_directory() -> Path:
-    """Where caches of images, extractors and statistics are kept: $PDISTILL_CACHE, or ~/.cache/pdistill."""
-    return Path(os.environ.get("PDISTILL_CACHE", Path.home() / ".cache" / "pdistill"))
-
-
-def digest_of(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    """From 0."""
+    classes: int | None = None
+    """How many classes there are, where the labels may not show them all."""
+    note: str = ""
+    """What else there is to say when the cache is made."""
 
 
 def cached_images(
-    source: Source, image_size: int, image_channels: int, resize: str, max_corrupt_fraction: float, cache: str | None
-) -> tuple[Tensor, Tensor | None, str]:
-    """Images (N, C, S, S), labels (N,) or None, and a digest of both, from the cache or through it.
+    source: Source,
+    transform: Transform,
+    *,
+    flips: bool = False,
+    max_corrupt_fraction: float = 0.001,
+    cache: str | None = None,
+) -> ImageSet:
+    """The source's images from the cache, or through it.
 
-    `resize` is area, bilinear or lanczos, all of them antialiased, after a central square crop. Unreadable or too
-    small images are left out and listed in cache.json. Raises UserError where they are more than
-    `max_corrupt_fraction`, where all are grey and `image_channels` is 3, and where the directory `cache` holds a cache
-    that was made otherwise or is damaged.
+    The cache is `cache`, or by default a directory named by the source's key and the transform; each call holds it
+    against the source as it is now. Unreadable or too small images are left out and listed in cache.json. Raises
+    UserError where they are more than `max_corrupt_fraction`, where all are grey and `transform.image_channels` is 3,
+    and where the cache was made otherwise, is damaged, or cannot be written.
     """
-    if image_channels not in (1, 3) or resize not in RESIZERS:
-        raise UserError(
-            f"dataset.image_channels={image_channels} must be 1 or 3, and dataset.resize={resize} one of "
-            f"{', '.join(RESIZERS)}"
-        )
+    flag("flips", flips)
+    fraction("max_corrupt_fraction", max_corrupt_fraction)
+    labels = None if source.labels is None else np.asarray(source.labels, np.int64)
     made_by = {
-        "source": source.name,
+        "source": shown(source.name),
         "content": source.key,
-        "image_size": image_size,
-        "image_channels": image_channels,
-        "resize": resize,
-        "format": 1,
+        "labels": None if labels is None else hashlib.sha256(labels.data).hexdigest()[:16],
+        **transform.settings(),
+        "format": FORMAT,
     }
-    key = digest_of([f"{k}={v}" for k, v in made_by.items()])
-    directory = Path(cache) if cache else cache_directory() / "images" / key
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:  # other ranks and runs wait here until it is made
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for file in ("cache.json", "progress.json"):
-            _check_made_by(directory / file, made_by)
-        if not (directory / "cache.json").exists():
-            _Maker(source, image_size, image_channels, resize, max_corrupt_fraction, directory, made_by).make()
-    return _load(directory)
-
-
-def crop_and_resize(image: Image.Image, size: int, channels: int, resize: str) -> np.ndarray:
-    """uint8 (C, size, size): the central square. Raises ValueError for an image smaller than that."""
-    side = min(image.size)
-    if side < size:
-        raise ValueError(f"{image.width}x{image.height} pixels, smaller than {size}x{size}")
-    image = image.convert({1: "L", 3: "RGB"}[channels])
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    pixels = RESIZERS[resize](square, size).reshape(size, size, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_made_by(file: Path, made_by: dict) -> None:
-    if not file.exists():
-        return
-    theirs = json.loads(file.read_text())["made_by"]
-    differing = [f"{k} {theirs.get(k)}, now {made_by[k]}" for k in made_by if theirs.get(k) != made_by[k]]
-    if differing:
+    if cache is not None:
+        directory = location("cache", cache, "give a directory, or null for the default one")
+    else:
+        directory = cache_directory() / "images" / digest_of(f"{k}={v}" for k, v in made_by.items())
+    try:
+        if not _is_complete(directory, made_by):
+            with _locked(directory) as lock:
+                if not _is_complete(directory, made_by):  # nobody else has made it meanwhile
+                    if lock is None:
+                        raise PermissionError(f"{directory} may not be written to")
+                    _Maker(source, transform, max_corrupt_fraction, directory, made_by).make(labels)
+        images, kept_labels, digest = _load(directory)
+    except OSError as error:
         raise UserError(
-            f"the cache {file.parent} was made otherwise ({'; '.join(differing)}): give another dataset.cache=..., "
-            f"or delete it to have it made anew"
-        )
+            f"the cache {shown(directory)} cannot be used ({reason(error)}): give another one, "
+            f"dataset.cache=<directory>, or another place for all, PDISTILL_CACHE=<directory>"
+        ) from error
+    return ImageSet(source.name, images, kept_labels, flips, digest, source.classes)
+
+
+def identity_of(file: Path) -> str:
+    """Names a file's content without reading it: full path, size and time of modification."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be read ({reason(error)})") from error
+    return f"{os.path.realpath(file)!r} {status.st_size} {status.st_mtime_ns}"
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[Any]:
+    """Other ranks and runs wait here until the cache is made; None where it cannot be written."""
+    file = directory / ".lock"
+    with locked(file, wait=False) as lock:
+        if lock is not None:
+            yield lock
+            return
+    if is_main() and os.access(file, os.W_OK):
+        print(f"waiting for the process that makes the cache {shown(directory)}", file=sys.stderr)
+    with locked(file) as lock:
+        yield lock
+
+
+def _is_complete(directory: Path, made_by: dict) -> bool:
+    """Raises UserError for a cache, or the beginning of one, that was made otherwise."""
+    for file in ("cache.json", "progress.json"):
+        content = read_json(directory / file)
+        if content is None:
+            continue
+        theirs = content.get("made_by") if isinstance(content, dict) else None
+        theirs = theirs if isinstance(theirs, dict) else {}
+        differing = [f"{k} {theirs.get(k)}, now {made_by[k]}" for k in made_by if theirs.get(k) != made_by[k]]
+        if differing:
+            raise UserError(
+                f"the cache {shown(directory)} was made otherwise ({'; '.join(differing)}): give another "
+                f"dataset.cache=..., or delete it to have it made anew"
+            )
+        if file == "cache.json":
+            return True
+    return False
 
 
 def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
-    description = json.loads((directory / "cache.json").read_text())
+    """(images, labels, digest). The pixels are read again only if the file was touched since it was written."""
+    description: Any = read_json(directory / "cache.json")
     shape, file = tuple(description["shape"]), directory / "images.bin"
-    if not file.exists() or file.stat().st_size != np.prod(shape):
-        size = file.stat().st_size if file.exists() else 0
-        raise UserError(
-            f"{file} is damaged: {size} bytes instead of {np.prod(shape)}. Delete {directory} to have it made anew"
-        )
+    size = file.stat().st_size if file.exists() else 0
+    if size != np.prod(shape):
+        raise _damaged(file, f"{size} bytes instead of {np.prod(shape)}")
+    chain = bytes.fromhex(description["pixels"])
     mapped = np.memmap(file, np.uint8, "c", shape=shape)  # copy on write: torch wants a writable array
+    if file.stat().st_mtime_ns != description["written"] and _chain_of(mapped) != chain:
+        raise _damaged(file, "its content is not what was written")
     images = torch.from_numpy(np.array(mapped) if mapped.nbytes <= IN_MEMORY else mapped)
-    labels = directory / "labels.npy"
-    return images, torch.from_numpy(np.load(labels)) if labels.exists() else None, description["digest"]
+    labels = None
+    if description["made_by"]["labels"] is not None:
+        try:
+            labels = torch.from_numpy(np.load(directory / "labels.npy"))
+        except (OSError, ValueError, EOFError) as error:
+            raise _damaged(directory / "labels.npy", reason(error)) from error
+    if digest_of_chain(chain, shape[1:], labels) != description["digest"]:
+        raise _damaged(directory / "labels.npy", "its content is not what was written")
+    return images, labels, description["digest"]
+
+
+def _damaged(file: Path, problem: str) -> UserError:
+    return UserError(f"{shown(file)} is damaged: {problem}. Delete {shown(file.parent)} to have it made anew")
+
+
+def _chain_of(images: np.ndarray) -> bytes:
+    chain = b""
+    for image in tqdm(images, desc="checking the cache of images", unit="image", delay=2, disable=not is_main()):
+        chain = chained(chain, hashlib.sha256(image.data).digest())
+    return chain
 
 
 class _Maker:
-    def __init__(self, source, image_size, image_channels, resize, max_corrupt_fraction, directory, made_by) -> None:
-        self.source, self.size, self.channels = source, image_size, image_channels
-        self.resize = resize
-        self.allowed = int(max_corrupt_fraction * len(source.names))
-        self.directory, self.made_by = directory, made_by
+    """Makes one cache. Its progress: how many are done and kept, the digest so far, and what was left out."""
 
-    def make(self) -> None:
+    def __init__(
+        self, source: Source, transform: Transform, max_corrupt_fraction: float, directory: Path, made_by: dict
+    ) -> None:
+        self.source, self.transform = source, transform
+        self.total = len(source.names)
+        self.allowed = int(max_corrupt_fraction * self.total)
+        self.directory, self.made_by = directory, made_by
+        self.bytes_each = transform.image_channels * transform.image_size**2
+
+    def make(self, labels: np.ndarray | None) -> None:
         progress = self._progress()
-        total, bytes_each = len(self.source.names), self.channels * self.size**2
-        file = self.directory / "images.bin"
-        with ThreadPoolExecutor(os.cpu_count()) as pool, file.open("ab") as out:
-            out.truncate(len(progress["kept"]) * bytes_each)  # what a killed process wrote after its last note
-            bar = tqdm(
-                total=total,
-                initial=progress["done"],
-                desc=f"caching {self.source.name}",
-                unit="image",
-                disable=total < LONG,
-            )
-            while progress["done"] < total:
-                chunk = range(progress["done"], min(total, progress["done"] + CHUNK))
-                for i, pixels, grey, problem in pool.map(self._read, chunk):
+        if self.source.note:
+            print(f"{self.source.name}: {self.source.note}", file=sys.stderr)
+        bar = tqdm(
+            total=self.total,
+            initial=progress["done"],
+            desc=f"caching {shown(self.source.name)}",
+            unit="image",
+            disable=self.total < LONG,
+        )
+        with bar, ThreadPoolExecutor(os.cpu_count()) as pool, (self.directory / "images.bin").open("ab") as out:
+            out.truncate(progress["kept"] * self.bytes_each)  # what a killed process wrote after its last note
+            while progress["done"] < self.total:
+                chunk = range(progress["done"], min(self.total, progress["done"] + CHUNK))
+                chain = bytes.fromhex(progress["pixels"])
+                for i, pixels, digest, grey, problem in pool.map(self._read, chunk):
                     if problem is None:
                         out.write(pixels)
-                        progress["kept"].append(i)
+                        chain = chained(chain, digest)
+                        progress["kept"] += 1
                         progress["grey"] += grey
                     else:
-                        progress["skipped"].append({"name": self.source.names[i], "reason": problem})
+                        progress["skipped"].append({"index": i, "name": self.source.names[i], "reason": problem})
                         self._refuse_many(progress["skipped"])
                 out.flush()
-                progress["done"] = chunk.stop
+                os.fsync(out.fileno())
+                progress |= {"done": chunk.stop, "pixels": chain.hex()}
                 write_json(self.directory / "progress.json", progress)
                 bar.update(len(chunk))
-            bar.close()
         self._refuse_grey(progress)
-        self._finish(progress)
+        self._finish(progress, labels)
 
     def _progress(self) -> dict:
-        try:
-            return json.loads((self.directory / "progress.json").read_text())
-        except FileNotFoundError:
-            return {"made_by": self.made_by, "done": 0, "kept": [], "grey": 0, "skipped": []}
+        """Where an interrupted process stopped, or the beginning; written down before the first image is."""
+        file = self.directory / "images.bin"
+        size = file.stat().st_size if file.exists() else 0
+        progress: Any = read_json(self.directory / "progress.json")
+        if progress is None and size:
+            raise UserError(f"{shown(file)} is there, and is no cache of pdistill's: give another dataset.cache=...")
+        if progress is None or size < progress["kept"] * self.bytes_each:
+            progress = {"made_by": self.made_by, "done": 0, "kept": 0, "grey": 0, "pixels": "", "skipped": []}
+            write_json(self.directory / "progress.json", progress)
+        return progress
 
-    def _read(self, i: int) -> tuple[int, bytes, bool, str | None]:
-        """(i, pixels, whether it is grey, what is wrong with it)."""
+    def _read(self, i: int) -> tuple[int, bytes, bytes, bool, str | None]:
+        """(i, pixels, their SHA-256, whether it is a grey image, what is wrong with it)."""
         try:
             with self.source.open(i) as image:
-                pixels = crop_and_resize(image, self.size, self.channels, self.resize)
-                return i, pixels.tobytes(), image.mode in GREY_MODES, None
+                array, grey = square_pixels(image, self.transform)
+            pixels = array.tobytes()
+            return i, pixels, hashlib.sha256(pixels).digest(), grey, None
+        except UnidentifiedImageError:
+            return i, b"", b"", False, "is no image, or of a format that cannot be decoded here"
         except Exception as error:  # decoders raise whatever comes to them: OSError, SyntaxError, struct.error, ...
-            return i, b"", False, one_line(error)
+            return i, b"", b"", False, reason(error)
 
     def _refuse_many(self, skipped: list[dict]) -> None:
         if len(skipped) > self.allowed:
-            named = ", ".join(f"{s['name']}: {s['reason']}" for s in skipped[:3])
+            named = ", ".join(f"{shown(s['name'])}: {s['reason']}" for s in skipped[:3])
             raise UserError(
-                f"{self.source.name}: {len(skipped)} of {len(self.source.names)} images cannot be used, and "
-                f"{self.allowed} may ({named}): mend them or take them out, give a smaller dataset.image_size, or "
+                f"{shown(self.source.name)}: {len(skipped)} of {self.total} images cannot be used, and "
+                f"{self.allowed} may ({named}): fix them or take them out, give a smaller dataset.image_size, or "
                 f"raise dataset.max_corrupt_fraction"
             )
 
     def _refuse_grey(self, progress: dict) -> None:
-        if self.channels == 3 and progress["kept"] and progress["grey"] == len(progress["kept"]):
+        if self.transform.image_channels == 3 and progress["kept"] and progress["grey"] == progress["kept"]:
             raise UserError(
-                f"{self.source.name}: all images are grey, and dataset.image_channels=3 wants colours: "
+                f"{shown(self.source.name)}: all images are grey, and dataset.image_channels=3 wants colours: "
                 f"use dataset.image_channels=1"
             )
 
-    def _finish(self, progress: dict) -> None:
+    def _finish(self, progress: dict, labels: np.ndarray | None) -> None:
         if not progress["kept"]:
-            raise UserError(f"{self.source.name} holds no images that can be used")
+            raise UserError(f"{shown(self.source.name)} holds no images that can be used")
+        self._refuse_changed()
         if progress["skipped"]:
-            names = ", ".join(s["name"] for s in progress["skipped"][:3])
+            names = ", ".join(shown(s["name"]) for s in progress["skipped"][:3])
             print(
-                f"{self.source.name}: left out {len(progress['skipped'])} of {len(self.source.names)} images "
-                f"({names}{', ...' * (len(progress['skipped']) > 3)}; all in {self.directory / 'cache.json'})",
+                f"{shown(self.source.name)}: left out {len(progress['skipped'])} of {self.total} images "
+                f"({names}{', ...' * (len(progress['skipped']) > 3)}; all in {shown(self.directory / 'cache.json')})",
                 file=sys.stderr,
             )
-        digest = hashlib.sha256()
-        if self.source.labels is not None:
-            labels = np.asarray(self.source.labels, np.int64)[progress["kept"]]
-            np.save(self.directory / "labels.npy", labels)
-            digest.update(labels)
-        with (self.directory / "images.bin").open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        shape = (len(progress["kept"]), self.channels, self.size, self.size)
-        description = {"made_by": self.made_by, "shape": shape, "skipped": progress["skipped"]}
-        write_json(self.directory / "cache.json", description | {"digest": digest.hexdigest()[:16]})
+        kept = None
+        if labels is not None:
+            kept = np.delete(labels, [s["index"] for s in progress["skipped"]])
+            np.save(self.directory / "labels.npy", kept)
+        shape = (self.transform.image_channels, self.transform.image_size, self.transform.image_size)
+        chain = bytes.fromhex(progress["pixels"])
+        description = {
+            "made_by": self.made_by,
+            "shape": (progress["kept"], *shape),
+            "skipped": progress["skipped"],
+            "pixels": chain.hex(),
+            "digest": digest_of_chain(chain, shape, None if kept is None else torch.from_numpy(kept)),
+            "written": (self.directory / "images.bin").stat().st_mtime_ns,
+        }
+        write_json(self.directory / "cache.json", description)
         (self.directory / "progress.json").unlink()
 
-
-@functools.lru_cache(256)
-def _overlaps(side: int, size: int) -> np.ndarray:
-    """(size, side): how much of target pixel i is covered by source pixel j; rows add up to one."""
-    edges = np.linspace(0, side, size + 1)
-    pixels = np.arange(side)
-    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (covered.clip(0) * (size / side)).astype(np.float32)
-
-
-def _area(square: Image.Image, size: int) -> np.ndarray:
-    """The mean over the area that each target pixel covers, with fractional pixels at its edges."""
-    weights = _overlaps(square.width, size)
-    pixels = np.asarray(square, np.float32).reshape(square.width, square.width, -1)  # (side, side, C)
-    columns = np.tensordot(weights, pixels, (1, 0))  # (size, side, C)
-    return np.rint(np.tensordot(weights, columns, (1, 1)).swapaxes(0, 1)).astype(np.uint8)
-
-
-def _pil(filter: Image.Resampling) -> Callable[[Image.Image, int], np.ndarray]:
-    return lambda square, size: np.asarray(square.resize((size, size), filter))
-
-
-RESIZERS = {"area": _area, "bilinear": _pil(Image.Resampling.BILINEAR), "lanczos": _pil(Image.Resampling.LANCZOS)}
+    def _refuse_changed(self) -> None:
+        """What was cached may be old and new images mixed, if the source has changed meanwhile."""
+        if self.source.key_now() != self.source.key:
+            for file in ("images.bin", "progress.json"):
+                (self.directory / file).unlink()
+            raise UserError(
+                f"{shown(self.source.name)}: the images changed while they were being cached: give the same command "
+                f"again when they are complete"
+            )

@@ -1,37 +1,54 @@
 """Images that the `datasets` library loads: from the hub by name, from a folder, or saved to disk.
 
 A map-style dataset goes through the cache once, as folders do. A stream is read while training; only its first images
-are cached, and figures are measured against those.
+are cached, and metrics are measured against those.
 """
 
+import hashlib
 import io
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
+from tqdm import tqdm
 
-from pdistill.dataset import ImageSet
-from pdistill.dataset.batches import flip
-from pdistill.dataset.cache import Source, cached_images, crop_and_resize, digest_of, one_line
+from pdistill.dataset.batches import BatchKey, flip
+from pdistill.dataset.cache import Source, cached_images, identity_of
+from pdistill.dataset.images import ImageSet
+from pdistill.dataset.pixels import Transform, square_pixels
+from pdistill.dataset.settings import flag, fraction, location, reason, shown, whole_number
 from pdistill.errors import UserError
+from pdistill.files import digest_of
+from pdistill.processes import is_main
 from pdistill.randomness import generator, seed_of
 
 READ_AHEAD = 32  # examples asked of a stream at once
+MAX_CLASSES = 100_000  # larger labels are some other number: the network has a row for each class
+
+
+class StreamError(UserError):
+    """A UserError that stays one line when it comes out of a DataLoader's worker, which wraps a trace around it."""
+
+    def __init__(self, message: str) -> None:
+        lines = message.strip().splitlines() or [""]
+        super().__init__(lines[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def load(
     path: str,
     image_size: int,
     image_channels: int = 3,
+    *,
     split: str = "train",
     subset: str | None = None,
+    revision: str | None = None,
     image_column: str = "image",
     label_column: str | None = None,
     streaming: bool = False,
@@ -39,50 +56,79 @@ def load(
     shuffle_buffer: int = 10000,
     flips: bool = True,
     resize: str = "lanczos",
+    background: str = "white",
     max_corrupt_fraction: float = 0.001,
     cache: str | None = None,
 ) -> ImageSet:
-    """The images of a split, with labels if `label_column` is given; see `image_cache.cached_images` for the rest.
+    """The images of a split, with labels if `label_column` is given; see `Transform` and `cached_images` for the rest.
 
-    `streaming` trains on the stream, shuffled within `shuffle_buffer` examples, and measures against its first
-    `reference_images`. Raises UserError where the library is missing, or the dataset, split or column is not there.
+    `revision` is a commit, tag or branch on the hub. Labels that are strings become classes in the order of their
+    sorted names. `streaming` trains on the stream, shuffled within `shuffle_buffer` examples, and measures against its
+    first `reference_images`. Raises UserError where the library is missing, the dataset, split or column is not there,
+    or the column of labels holds something else than classes.
     """
-    dataset = _open(path, subset, split, streaming, image_column, label_column)
-    rows = list(dataset.take(reference_images)) if streaming else dataset
-    key = dataset._fingerprint if not streaming else digest_of([str(path), str(subset), split, str(len(rows))])
-    labels = None
-    if label_column:
-        labels = [row[label_column] for row in rows] if streaming else rows[label_column]
+    transform = Transform(image_size, image_channels, resize, background)
+    flag("streaming", streaming)
+    flag("flips", flips)
+    whole_number("reference_images", reference_images)
+    whole_number("shuffle_buffer", shuffle_buffer)
+    fraction("max_corrupt_fraction", max_corrupt_fraction)
+    place = _Place(_expanded(path), subset, revision, str(split))
+    image, label = str(image_column), None if label_column is None else str(label_column)
+    dataset, identity = _open(place, streaming, image, label)
+    labels = _Labels(label, place, getattr(dataset.features.get(label), "num_classes", None))
+    rows: Any = _first(dataset, reference_images, place) if streaming else dataset
+
+    def key() -> str:
+        return digest_of((_content_of(row[image]) for row in rows) if streaming else _identity_of_rows(rows, image))
+
+    classes = None
+    if label is not None:
+        classes = labels.of_rows([row[label] for row in rows]) if streaming else labels.of_column(rows[label][:])
     source = Source(
-        name=f"huggingface:{Path(path).name}",
-        key=key,
-        names=[f"row {i} of {path}" for i in range(len(rows))],
-        open=lambda i: _decode(rows[i][image_column]),
-        labels=labels,
+        name=f"huggingface:{shown(Path(place.path).name)}",
+        key=key(),
+        key_now=key,
+        names=[f"row {i} of {shown(path)}" for i in range(len(rows))],
+        open=lambda i: _decode(rows[i][image]),
+        labels=classes,
+        classes=labels.count,
     )
-    images, labels, digest = cached_images(source, image_size, image_channels, resize, max_corrupt_fraction, cache)
+    cached = cached_images(source, transform, flips=flips, max_corrupt_fraction=max_corrupt_fraction, cache=cache)
     if not streaming:
-        return ImageSet(source.name, images, labels, flips, digest)
-    classes = getattr(dataset.features[label_column], "num_classes", None) if label_column else None
-    options = (image_column, label_column, image_size, image_channels, resize, max_corrupt_fraction, shuffle_buffer)
-    return StreamedImageSet(source.name, images, labels, flips, digest, dataset, options, classes)
+        return cached
+    digest = digest_of([cached.fingerprint, *identity])
+    stream = Stream(dataset, image, labels, transform, max_corrupt_fraction, shuffle_buffer)
+    return StreamedImageSet(cached.name, cached.images, cached.labels, flips, digest, cached.classes, stream)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of encoded examples, and how they become images and labels."""
+
+    rows: Any
+    """The `datasets.IterableDataset`."""
+    image_column: str
+    labels: "_Labels"
+    transform: Transform
+    max_corrupt_fraction: float
+    shuffle_buffer: int
+    """Examples among which the next one is chosen at random."""
 
 
 @dataclass(frozen=True)
 class StreamedImageSet(ImageSet):
-    """`images` are the stream's first, for figures; training reads `stream`."""
+    """`images` are the stream's first, for metrics; training reads `stream`.
+
+    The fingerprint names those first images, and what the stream is known by: its files, and their time of
+    modification, or the commit on the hub.
+    """
 
     stream: Any = None
-    options: tuple = ()
-    classes: int | None = None
 
-    @property
-    def num_classes(self) -> int:
-        return super().num_classes if self.classes is None else self.classes
-
-    def batches(self, batch_size: int, seed: int, stage: int, rank: int = 0, world: int = 1, start: int = 0):
+    def batches(self, batch_size: int, seed: int, stage: int, rank: int = 0, world: int = 1, start: int = 0) -> Any:
         """See ImageSet.batches."""
-        return StreamedBatches(self.stream, *self.options, self.flips, batch_size, seed, stage, rank, world, start)
+        return StreamedBatches(self.stream, self.flips, BatchKey(batch_size, seed, stage, rank, world, start))
 
 
 class StreamedBatches(IterableDataset):
@@ -92,36 +138,17 @@ class StreamedBatches(IterableDataset):
     example by example. A restart reads past what was used before. The number of workers is part of the key, too.
     """
 
-    def __init__(
-        self,
-        stream,
-        image_column: str,
-        label_column: str | None,
-        image_size: int,
-        image_channels: int,
-        resize: str,
-        max_corrupt_fraction: float,
-        shuffle_buffer: int,
-        flips: bool,
-        batch_size: int,
-        seed: int,
-        stage: int,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-    ) -> None:
-        self.stream = stream.shuffle(seed=seed_of(seed, stage) % 2**32, buffer_size=shuffle_buffer)
-        self.image_column, self.label_column = image_column, label_column
-        self.crop = (image_size, image_channels, resize)
-        self.max_corrupt_fraction = max_corrupt_fraction
-        self.flips, self.batch_size = flips, batch_size
-        self.seed, self.stage, self.rank, self.world, self.start = seed, stage, rank, world, start
+    def __init__(self, stream: Stream, flips: bool, key: BatchKey) -> None:
+        self.stream, self.flips, self.key = stream, flips, key
+        self.shuffled = stream.rows.shuffle(
+            seed=seed_of("stream", key.seed, key.stage) % 2**32, buffer_size=stream.shuffle_buffer
+        )
 
     def _rows(self, part: int, parts: int) -> Iterator[dict]:
         """This part of the stream, epoch after epoch."""
         from datasets.distributed import split_dataset_by_node
 
-        mine = split_dataset_by_node(self.stream, part, parts)
+        mine = split_dataset_by_node(self.shuffled, part, parts)
         for epoch in range(2**31):
             mine.set_epoch(epoch)
             found = False
@@ -129,75 +156,215 @@ class StreamedBatches(IterableDataset):
                 found = True
                 yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
             if not found:
-                raise UserError(f"the stream has fewer than {parts} examples: use fewer devices or num_workers")
+                raise StreamError(f"the stream has fewer than {parts} examples: use fewer devices or num_workers")
 
     def _examples(self, rows: Iterator[dict]) -> Iterator[tuple[np.ndarray, int | None]]:
-        bad = 0
+        """(uint8 (C, S, S), label) of those that can be used."""
+        bad, labels = 0, self.stream.labels
         for seen, row in enumerate(rows, 1):
             try:
-                with _decode(row[self.image_column]) as image:
-                    pixels = crop_and_resize(image, *self.crop)
-            except Exception as error:
+                with _decode(row[self.stream.image_column]) as image:
+                    pixels, _ = square_pixels(image, self.stream.transform)
+            except Exception as error:  # whatever decoders raise
                 bad += 1
-                print(f"left out an image of the stream: {one_line(error)}", file=sys.stderr)
-                if bad > self.max_corrupt_fraction * max(seen, 1000):
-                    raise UserError(
-                        f"{bad} of the stream's first {seen} images cannot be used (the last: {one_line(error)}): "
+                print(f"left out an image of the stream: {reason(error)}", file=sys.stderr)
+                if bad > self.stream.max_corrupt_fraction * max(seen, 1000):
+                    raise StreamError(
+                        f"{bad} of the stream's first {seen} images cannot be used (the last: {reason(error)}): "
                         f"give a smaller dataset.image_size, or raise dataset.max_corrupt_fraction"
                     ) from error
                 continue
-            yield pixels, None if self.label_column is None else row[self.label_column]
+            yield pixels, None if labels.column is None else labels.index(row[labels.column], f"example {seen}")
 
     def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()
+        key, worker = self.key, get_worker_info()
         workers = 1 if worker is None else worker.num_workers
-        first = self.start + (0 if worker is None else worker.id)  # the DataLoader asks its workers in turn
+        first = key.start + (0 if worker is None else worker.id)  # the DataLoader asks its workers in turn
         part = first % workers
-        rows = self._rows(self.rank * workers + part, self.world * workers)
-        examples = self._examples(rows)
-        for _ in range((first - part) // workers * self.batch_size):
+        examples = self._examples(self._rows(key.rank * workers + part, key.world * workers))
+        quiet = not is_main() or part != key.start % workers
+        used = range((first - part) // workers * key.batch_size)
+        for _ in tqdm(used, desc="going on in the stream", unit="image", delay=2, disable=quiet):
             next(examples)
         for step in itertools.count(first, workers):
-            pixels, labels = zip(*itertools.islice(examples, self.batch_size), strict=True)
+            pixels, labels = zip(*itertools.islice(examples, key.batch_size), strict=True)
             image = torch.from_numpy(np.stack(pixels))
             if self.flips:
-                image = flip(image, generator(self.seed, self.stage, step, self.rank, 1))
+                random = generator("flips", key.seed, key.stage, step, key.rank)
+                image = flip(image, torch.rand(len(image), generator=random) < 0.5)
             batch = {"image": image, "step": step}
-            yield batch if self.label_column is None else batch | {"label": torch.tensor(labels)}
+            yield batch if self.stream.labels.column is None else batch | {"label": torch.tensor(labels)}
 
 
-def _open(path: str | None, subset: str | None, split: str, streaming: bool, image_column: str, label_column: str):
-    """A map-style or iterable dataset, its images left encoded."""
+class _Labels:
+    """The classes that a column of labels holds; refuses in one line what is none."""
+
+    def __init__(self, column: str | None, place: "_Place", count: int | None) -> None:
+        self.column, self.place, self.count = column, place, count
+        self.order: dict[str, int] | None = None
+
+    def of_column(self, values: Sequence[Any]) -> list[int]:
+        """The classes of all rows. Strings are numbered in the order of their sorted names."""
+        if self.count is None and values and all(isinstance(value, str) for value in values):
+            self.order = {name: k for k, name in enumerate(sorted(set(values)))}
+            self.count = len(self.order)
+        return self.of_rows(values)
+
+    def of_rows(self, values: Sequence[Any]) -> list[int]:
+        """The classes of the rows from the first."""
+        classes = [self.index(value, f"row {i}") for i, value in enumerate(values)]
+        if self.count is None:
+            self.count = max(classes, default=0) + 1
+        return classes
+
+    def index(self, value: Any, row: str) -> int:
+        """The class of one example."""
+        what = f"dataset.label_column={self.column} of {shown(self.place.path)} holds {value!r:.80} in {row}"
+        if self.order is not None and isinstance(value, str):
+            return self.order[value]
+        if value is None or (isinstance(value, int) and value == -1):
+            raise StreamError(
+                f"{what}, which stands for no label, as in many test sets: choose another dataset.split, or "
+                f"dataset.label_column=null"
+            )
+        if isinstance(value, str):
+            raise StreamError(
+                f"{what}: labels of a stream, and of a column of several kinds, must be whole numbers; strings alone "
+                f"are possible with dataset.streaming=false, or use dataset.label_column=null"
+            )
+        limit = MAX_CLASSES if self.count is None else self.count
+        if not isinstance(value, int) or not 0 <= value < limit:
+            raise StreamError(
+                f"{what}: labels must be whole numbers from 0 to {limit - 1}: choose another column, or "
+                f"dataset.label_column=null"
+            )
+        return int(value)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a dataset is: by its name on the hub, or in a directory."""
+
+    path: str
+    subset: str | None
+    revision: str | None
+    split: str
+
+
+def _expanded(path: Any) -> str:
+    """The name on the hub, or the path with ~ expanded."""
+    expanded = location("path", path, "give a name on the hub, or a folder, dataset.path=<name>")
+    return str(expanded) if str(path).startswith("~") else str(path)
+
+
+def _open(place: _Place, streaming: bool, image_column: str, label_column: str | None) -> tuple[Any, list[str]]:
+    """A map-style or iterable dataset, its images left encoded; and what a stream is known by."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(
             "dataset=huggingface needs the datasets library: pip install 'pdistill[huggingface]'"
         ) from error
-    if path is None:
-        raise UserError("dataset.path is missing: a name on the hub, or a folder, dataset.path=<name>")
     try:
-        if Path(path, "dataset_info.json").exists() or Path(path, "dataset_dict.json").exists():
-            dataset = datasets.load_from_disk(path)
-            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
-            dataset = dataset.to_iterable_dataset(num_shards=min(64, len(dataset))) if streaming else dataset
-        else:
-            dataset = datasets.load_dataset(path, subset, split=split, streaming=streaming)
+        dataset, identity = _load(place, streaming)
     except Exception as error:  # the hub's, the file system's and the builders' own
         raise UserError(
-            f"dataset.path={path} (dataset.subset={subset}, dataset.split={split}) cannot be loaded: "
-            f"{one_line(error)[:300]}"
+            f"dataset.path={shown(place.path)} (dataset.subset={place.subset}, dataset.split={place.split}) cannot be "
+            f"loaded: {reason(error)[:300]}"
         ) from error
-    columns = dataset.column_names or []
+    if dataset.features is None:
+        raise UserError(
+            f"dataset.path={shown(place.path)} does not say what its columns hold: use dataset.streaming=false"
+        )
+    columns = list(dataset.features)
     for key, column in {"image_column": image_column, "label_column": label_column}.items():
-        if column and column not in columns:
-            raise UserError(f"dataset.{key}={column} is not a column of {path}: choose among {', '.join(columns)}")
+        if column is not None and column not in columns:
+            raise UserError(
+                f"dataset.{key}={column} is not a column of {shown(place.path)}: choose among {', '.join(columns)}"
+            )
     if not isinstance(dataset.features[image_column], datasets.Image):
         raise UserError(
-            f"dataset.image_column={image_column} of {path} holds no images: {dataset.features[image_column]}"
+            f"dataset.image_column={image_column} of {shown(place.path)} holds no images: "
+            f"{dataset.features[image_column]}"
         )
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset.cast_column(image_column, datasets.Image(decode=False)), identity
 
 
-def _decode(encoded: dict) -> Image.Image:
-    return Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
+def _load(place: _Place, streaming: bool) -> tuple[Any, list[str]]:
+    import datasets
+
+    if Path(place.path, "dataset_info.json").exists() or Path(place.path, "dataset_dict.json").exists():
+        dataset = datasets.load_from_disk(place.path)
+        if isinstance(dataset, datasets.DatasetDict):
+            if place.split not in dataset:
+                raise ValueError(f"there is no such split: choose among {', '.join(map(str, dataset))}")
+            dataset = dataset[place.split]
+        if not streaming:
+            return dataset, []
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        identity = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        return dataset.to_iterable_dataset(num_shards=min(64, len(dataset))), identity
+    named: dict[str, Any] = {"name": None if place.subset is None else str(place.subset), "revision": place.revision}
+    if not streaming:
+        return datasets.load_dataset(place.path, split=place.split, **named), []
+    builder = datasets.load_dataset_builder(place.path, **named)
+    files = builder.config.data_files or {}
+    chosen = [files[place.split]] if place.split in files else list(files.values())
+    return builder.as_streaming_dataset(split=place.split), [
+        f"{Path(file).name} {origin}" for of_split in chosen for file, origin in _origins(of_split)
+    ]
+
+
+def _origins(files: Any) -> Iterator[tuple[str, Any]]:
+    """Each file with its commit on the hub, its ETag, or its time of modification."""
+    return zip(files, getattr(files, "origin_metadata", [()] * len(files)), strict=True)
+
+
+def _first(dataset: Any, count: int, place: _Place) -> list[dict]:
+    """The first rows of a stream."""
+    try:
+        rows = dataset.take(count)
+        bar = tqdm(rows, "reading the stream's first images", count, unit="image", delay=2, disable=not is_main())
+        return list(bar)
+    except Exception as error:  # the network's, the file system's and the readers' own
+        raise UserError(f"dataset.path={shown(place.path)} cannot be read: {reason(error)[:300]}") from error
+
+
+def _identity_of_rows(dataset: Any, image_column: str) -> Iterator[str]:
+    """What names the content of a map-style dataset: its own fingerprint, and the files that hold it."""
+    yield dataset._fingerprint
+    for file in dataset.cache_files:
+        yield identity_of(Path(file["filename"]))
+    for chunk in dataset.data.column(image_column).chunks:  # images that are not in those files but named by them
+        missing = chunk.field("bytes").is_null()
+        if missing.true_count:
+            for path in chunk.field("path").filter(missing).to_pylist():
+                yield identity_of(Path(path)) if path and Path(path).exists() else str(path)
+
+
+def _content_of(encoded: dict | None) -> str:
+    """Names one encoded image."""
+    if encoded is None:
+        return "none"
+    if encoded["bytes"] is not None:
+        return hashlib.sha256(encoded["bytes"]).hexdigest()
+    path = encoded["path"]
+    return identity_of(Path(path)) if Path(path).exists() else path
+
+
+def _decode(encoded: dict | None) -> Image.Image:
+    """The image, not yet loaded. Raises ValueError where there is none."""
+    if encoded is None or (encoded["bytes"] is None and not encoded["path"]):
+        raise ValueError("there is no image")
+    try:
+        if encoded["bytes"] is not None:
+            return Image.open(io.BytesIO(encoded["bytes"]))
+        if "://" in encoded["path"]:
+            import fsspec
+
+            opened: Any = fsspec.open(encoded["path"])
+            with opened as remote:
+                return Image.open(io.BytesIO(remote.read()))
+        return Image.open(encoded["path"])
+    except UnidentifiedImageError as error:
+        raise ValueError("is no image, or of a format that cannot be decoded here") from error

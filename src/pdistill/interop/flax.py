@@ -3,7 +3,7 @@
 Each is one Flax msgpack file with `ema_params`, `step`, usually `num_sample_steps`, sometimes `optimizer`. It is
 decoded without JAX; the architecture follows from the shapes; every array is used once and every parameter set.
 
-    python -m pdistill.official cifar_8 outputs/cifar_8
+    python -m pdistill.interop.flax cifar_8 outputs/cifar_8
 """
 
 import argparse
@@ -189,7 +189,7 @@ def _torch_name(path: str, levels: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pdistill.official", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pdistill.interop.flax", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="one of the authors' files, e.g. cifar_8")
     parser.add_argument("directory", help="the denoiser directory to write")
     parser.add_argument("--image-size", type=int, help="where it is not that of a released model")

@@ -1,16 +1,60 @@
-"""A W&B report of a project's runs: `python -m pdistill.wandb_report <entity>/<project>`; W&B must be online.
+"""A W&B project: its runs as they are known there, and a W&B report of them. W&B must be online.
 
-The runs' table with the FID of every stage as columns, bars of these, losses, and the grids of samples. Needs
-`pip install 'pdistill[wandb-report]'`.
+The report is the runs' table with the FID of every stage as columns, bars of these, losses, and the grids of samples.
+It needs `pip install 'pdistill[wandb-report]'`.
 """
 
-import sys
+from dataclasses import dataclass
+from typing import Any
 
-from pdistill.errors import UserError
+from pdistill.errors import UserError, first_line
+from pdistill.report.runs import finite
 
 
-def build(entity: str, project: str, figures: list[str]):
-    """The report, not yet saved; `figures` are summary columns such as "steps_0008/fid", best-known stage first.
+@dataclass(frozen=True)
+class Project:
+    """entity/project. Raises UserError for anything else."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        entity, _, project = self.path.partition("/")
+        if not (entity and project) or "/" in project:
+            raise UserError(f"wandb:{self.path} names no project of W&B: give wandb:<entity>/<project>")
+
+    def runs(self) -> list[Any]:
+        """wandb's own run objects. Raises UserError where W&B does not give them, or there are none."""
+        import wandb
+
+        try:
+            runs = list(wandb.Api().runs(self.path))
+        except Exception as error:  # requests', wandb's and GraphQL's own, of many kinds
+            raise UserError(
+                f"W&B does not give the runs of {self.path} ({first_line(error)}): check the name, and `wandb login`"
+            ) from error
+        if not runs:
+            raise UserError(f"the W&B project {self.path} holds no runs: check its name, or train with logger=wandb")
+        return runs
+
+
+def stages_of(summary: dict[str, Any]) -> list[dict]:
+    """The rows of the stages that a run's summary holds, teacher first; a stage counts if its step count is there."""
+    stages: dict[str, dict] = {}
+    for key, value in summary.items():
+        prefix, _, name = key.partition("/")
+        if name and (prefix == "teacher" or prefix.startswith("steps_")):
+            stages.setdefault(prefix.replace("_", "-"), {})[name] = value
+    made_with = {"provenance": dict(summary["provenance"])} if summary.get("provenance") else {}
+    rows = [
+        {"stage": stage} | row | {"num_steps": int(row["num_steps"])} | made_with
+        for stage, row in stages.items()
+        if finite(row.get("num_steps"))
+    ]
+    return sorted(rows, key=lambda row: (row["stage"] != "teacher", -row["num_steps"]))
+
+
+def build(project: Project, metrics: list[str]) -> Any:
+    """The report, not yet saved; `metrics` are summary columns such as "steps_0008/fid", best-known stage first.
 
     Raises UserError where wandb-workspaces is not installed.
     """
@@ -18,20 +62,21 @@ def build(entity: str, project: str, figures: list[str]):
         import wandb_workspaces.reports.v2 as wr
     except ImportError as error:
         raise UserError("this needs wandb-workspaces: pip install 'pdistill[wandb-report]'") from error
-    columns = ["run:displayName", *(f"summary:{figure}" for figure in figures)]
-    prefixes = list(dict.fromkeys(figure.partition("/")[0] for figure in figures))
+    columns = ["run:displayName", *(f"summary:{metric}" for metric in metrics)]
+    prefixes = list(dict.fromkeys(metric.partition("/")[0] for metric in metrics))
     settings = ["config:seed.value", "config:steps.value", "run:runtime"]
-    table = {"pinned_columns": columns[:1], "visible_columns": [*columns[1:], *settings], "lock_columns": True}
+    table: dict[str, Any] = {"pinned_columns": columns[:1], "visible_columns": [*columns[1:], *settings]}
     panels = [
-        wr.BarPlot(title="FID by stage", metrics=[wr.SummaryMetric(figure) for figure in figures]),
+        wr.BarPlot(title="FID by stage", metrics=[wr.SummaryMetric(metric) for metric in metrics]),
         wr.LinePlot(title="Loss", y=[f"{prefix}/loss" for prefix in prefixes], log_y=True),
         wr.LinePlot(title="Images per second", y=[f"{prefix}/images_per_second" for prefix in prefixes]),
         wr.MediaBrowser(title="Samples", media_keys=[*(f"{prefix}/samples" for prefix in prefixes), "comparison"]),
     ]
-    runs = wr.Runset(entity=entity, project=project, name="runs", **table)
+    entity, _, name = project.path.partition("/")
+    runs = wr.Runset(entity=entity, project=name, name="runs", lock_columns=True, **table)
     return wr.Report(
         entity=entity,
-        project=project,
+        project=name,
         title="Progressive distillation",
         description="Quality against step count, over the runs of this project",
         blocks=[wr.PanelGrid(runsets=[runs], panels=panels)],
@@ -39,29 +84,22 @@ def build(entity: str, project: str, figures: list[str]):
     )
 
 
-def main(path: str) -> str:
+def publish(path: str) -> str:
     """Saves the report of entity/project and returns its address. Raises UserError where W&B does not let us."""
-    import wandb
-
-    entity, _, project = path.partition("/")
-    if not (entity and project):
-        raise UserError("give the project: python -m pdistill.wandb_report <entity>/<project>")
+    project = Project(path)
     try:
-        keys = {key for run in wandb.Api().runs(path) for key in dict(run.summary)}
-        figures = sorted((k for k in keys if k.partition("/")[2].startswith("fid")), reverse=True)
-        if not figures:
-            raise UserError(f"no run of {path} has a figure such as steps_0008/fid yet")
-        report = build(entity, project, figures)
+        keys = {key for run in project.runs() for key in dict(run.summary)}
+        metrics = sorted((k for k in keys if _is_fid(k.partition("/")[2])), reverse=True)
+        if not metrics:
+            raise UserError(f"no run of {path} has a metric such as steps_0008/fid yet: wait for a stage to finish")
+        report = build(project, metrics)
         report.save()
     except UserError:
         raise
     except Exception as error:  # requests', wandb's and GraphQL's own, of many kinds
-        raise UserError(f"W&B refuses ({str(error).splitlines()[0]}): check `wandb login` and {path}") from error
+        raise UserError(f"W&B refuses ({first_line(error)}): check `wandb login` and {path}") from error
     return report.url
 
 
-if __name__ == "__main__":
-    try:
-        print(main(*sys.argv[1:2] or [""]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def _is_fid(name: str) -> bool:
+    return name.startswith("fid") and not name.endswith("_std")

@@ -1,22 +1,21 @@
-"""Lightning callbacks: what is logged, when training is kept or stopped, and FID while it runs."""
+"""Lightning callbacks: what is logged, when training is kept or stopped, and metrics while it runs."""
 
 import signal
-import sys
 import time
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
-from tqdm import tqdm
+from lightning.pytorch.callbacks import Checkpoint
 
-from pdistill.dataset import ImageSet
+from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted, UserError
-from pdistill.metrics.reference import fid_metric, fid_name, generate, measure_fid
 
 LOGSNR_EDGES = (-15.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0)  # eight bins over [-20, 20]
+SECONDS_TO_STOP = 5.0  # after which a signal to one of several processes is known to all
 
 
 def bin_name(k: int) -> str:
@@ -28,9 +27,13 @@ class PerUpdate(Callback):
     """Calls `on_update` after each update of the weights: with accumulated gradients, not after every batch."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Counts from the update that the checkpoint stood at."""
         self.last_update = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Calls `on_update` if the batch was the last of its update."""
         if trainer.global_step != self.last_update:
             self.last_update = trainer.global_step
             self.on_update(trainer, module, trainer.global_step)
@@ -42,8 +45,9 @@ class PerUpdate(Callback):
 class TrainingLog(PerUpdate):
     """Logs loss, its mean in eight bins of logsnr, gradient norm, learning rate and images/s under `prefix`/.
 
-    Stops the training with a UserError at the first loss or gradient that is not finite. Everything is summed
-    up on the device and read once every `log_every_n_steps` updates, on a CPU (where reading is free) at each.
+    Stops the training with a UserError at the first loss or gradient that is not finite. Everything is summed up on the
+    device and read once every `log_every_n_steps` updates, when the sums of all processes are joined; on a single CPU,
+    where reading is free, losses are looked at in each update.
     """
 
     def __init__(self, prefix: str, images_per_update: int) -> None:
@@ -51,6 +55,7 @@ class TrainingLog(PerUpdate):
         self.images_per_update = images_per_update
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Starts with empty sums."""
         super().on_train_start(trainer, module)
         self.edges = torch.tensor(LOGSNR_EDGES, device=module.device)
         self.first_bad = torch.full((9,), torch.inf, device=module.device)  # update per bin, and for the gradient
@@ -60,73 +65,88 @@ class TrainingLog(PerUpdate):
         self.loss_sum, self.count = (torch.zeros(8, device=module.device) for _ in range(2))
         self.updates, self.since = 0, time.perf_counter()
 
-    def on_train_batch_end(self, trainer, module, outputs: dict, batch: dict, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds the batch's losses to the sums of their bins."""
         losses, logsnr = outputs["losses"], outputs["logsnr"]
-        bins = torch.bucketize(logsnr.clamp(-20, 20), self.edges)
+        bins = torch.bucketize(logsnr.clamp(-20, 20).to(self.edges.dtype), self.edges)
         self.loss_sum.index_add_(0, bins, losses.float())
         self.count.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         self.updates += 1
-        bad = torch.cat([self.loss_sum, module.gradient_norm[None]]).isfinite().logical_not()
+        gradient = module.gradient_norm
+        if module.loss_scaler is not None:  # which looks for a scale that overflows seldom
+            gradient = torch.zeros_like(gradient)
+        bad = torch.cat([self.loss_sum, gradient[None]]).isfinite().logical_not()
         self.first_bad = torch.where(bad, self.first_bad.clamp(max=update), self.first_bad)
         logs = update % trainer.log_every_n_steps == 0
-        if logs or module.device.type == "cpu":
+        if logs or (module.device.type == "cpu" and trainer.world_size == 1):
             self.refuse_nonfinite()
         if logs:
             self._log(trainer, module, update)
 
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Looks at the updates since the last line of the log, before anything is saved."""
+        self.refuse_nonfinite()
+
     def refuse_nonfinite(self) -> None:
-        if self.first_bad.isinf().all():
+        """Raises UserError on every process if a loss or gradient of any was not finite; all must call it at once."""
+        first_bad = torch.tensor(processes.gather(self.first_bad.tolist())).amin(0)
+        if first_bad.isinf().all():
             return
-        k = int(self.first_bad.argmin())
+        k = int(first_bad.argmin())
         where = f"logsnr in [{bin_name(k).replace('_', ', ')}]" if k < 8 else "in the gradient"
         raise UserError(
-            f"{self.prefix}: the loss is not finite at update {int(self.first_bad[k])}, {where}. The last good "
+            f"{self.prefix}: the loss is not finite at update {int(first_bad[k])}, {where}. The last good "
             f"checkpoint is kept; lower the learning rate, or use another parameterization, weighting or precision"
         )
 
     def _log(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         seconds = time.perf_counter() - self.since
+        # (world, 2, 8) -> (2, 8): every process had other images, and the loss is that of all
+        sums, counts = torch.tensor(processes.gather(torch.stack([self.loss_sum, self.count]).tolist())).sum(0)
         values = {
-            "loss": self.loss_sum.sum() / self.count.sum(),
+            "loss": sums.sum() / counts.sum(),
             "gradient_norm": module.gradient_norm,
             "learning_rate": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
             "images_per_second": self.updates * self.images_per_update / seconds,
         }
-        per_bin, counts = (self.loss_sum / self.count).tolist(), self.count.tolist()
-        values |= {f"loss_by_logsnr/{bin_name(k)}": per_bin[k] for k in range(8) if counts[k]}
+        values |= {f"loss_by_logsnr/{bin_name(k)}": sums[k] / counts[k] for k in range(8) if counts[k]}
         for logger in trainer.loggers:
             logger.log_metrics({f"{self.prefix}/{k}": float(v) for k, v in values.items()}, step=update)
         self._reset(module)
 
 
 class Cost(Callback):
-    """Wall-clock seconds of a stage and, where NVIDIA's library tells, its GPUs' joules, restarts included."""
+    """Wall-clock seconds of a stage and, where NVIDIA's library tells, the joules of its GPUs, restarts included."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float | None] = {"training_seconds": 0.0, "joules": 0.0}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Reads the clock and the meter."""
         self.device, self.before = module.device, self.spent
         self.clock, self.meter = time.perf_counter(), joules(module.device)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Adds up."""
         self.spent = self.state_dict()
-        if self.spent["joules"] is not None:
-            used = torch.tensor(self.spent["joules"], dtype=torch.float64, device=module.device)
-            self.spent["joules"] = float(trainer.strategy.reduce(used, reduce_op="sum"))
 
     def state_dict(self) -> dict[str, float | None]:
+        """What was spent until now, by all processes, which must call this at once."""
         meter = joules(self.device)
-        known = None not in (meter, self.meter, self.before["joules"])
+        mine = None if meter is None or self.meter is None else meter - self.meter
+        everyones = [self.before["joules"], *processes.gather(mine)]
         return {
             "training_seconds": self.before["training_seconds"] + time.perf_counter() - self.clock,
-            "joules": self.before["joules"] + meter - self.meter if known else None,
+            "joules": None if None in everyones else sum(everyones),
         }
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """What was spent before."""
         self.spent = state
 
 
@@ -147,7 +167,8 @@ def joules(device: torch.device) -> float | None:
 class ResumableCheckpoint(PerUpdate, Checkpoint):
     """Keeps `path` up to date: every `every_n_updates`, and when Ctrl-C or SIGTERM asks the training to stop.
 
-    The signal is acted upon between two updates; a second one ends the process at once.
+    The signal is acted upon between two updates; a second one ends the process at once. Of several processes one may
+    get it alone, and they agree on what to do about every five seconds.
     """
 
     def __init__(self, path: Path, every_n_updates: int, monitor: TrainingLog) -> None:
@@ -155,9 +176,12 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         self.every_n_updates = every_n_updates
         self.monitor = monitor
         self.signal: int | None = None
+        self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Takes over the signals."""
         super().on_train_start(trainer, module)
+        self.asked_at, self.asks_at = (trainer.global_step, time.monotonic()), trainer.global_step + 1
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for s in self.handlers:
             signal.signal(s, self._remember)
@@ -170,95 +194,63 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
 
     def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         due = update % self.every_n_updates == 0
-        stop = self.signal is not None
-        if trainer.world_size > 1:  # all ranks must agree, which costs an exchange: only now and then
-            stop = (due or update % trainer.log_every_n_steps == 0) and trainer.strategy.reduce_boolean_decision(
-                stop, all=False
-            )
+        stop = self._asked_to_stop(trainer, update)
         if due or stop:
             self.monitor.refuse_nonfinite()
             trainer.save_checkpoint(self.path)
         if stop:
             raise Interrupted(f"stopped at update {update}; the same command continues from there")
 
+    def _asked_to_stop(self, trainer: Trainer, update: int) -> bool:
+        """Whether any process got a signal; asking costs an exchange, so that it is done at the main process's pace."""
+        if trainer.world_size == 1:
+            return self.signal is not None
+        if update < self.asks_at:
+            return False
+        before, then = self.asked_at
+        self.asked_at = update, time.monotonic()
+        opinions = processes.gather((self.signal is not None, (self.asked_at[1] - then) / (update - before)))
+        seconds_per_update = max(opinions[0][1], 1e-6)
+        self.asks_at = update + max(1, int(SECONDS_TO_STOP / seconds_per_update))
+        return any(signalled for signalled, _ in opinions)
+
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Gives the signals back."""
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
+        self.handlers = {}
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "handlers"):
-            self.on_train_end(trainer, module)
+        """Gives the signals back."""
+        self.on_train_end(trainer, module)
 
 
-class FID(PerUpdate):
-    """The Frechet distance of samples to a whole dataset, with any extractor.
+class Measure(Protocol):
+    """What `MetricWhileTraining` asks of a metric, for example of `metrics.fid.FID`."""
 
-    `measure` is a function of the denoiser; in training, the module's `result` is measured every
-    `every_n_updates` (None: never) at `num_steps` and logged as `prefix`/`name`.
+    name: str
+
+    def measure(self, denoiser: Denoiser, num_steps: int, device: Any) -> float: ...
+
+
+class MetricWhileTraining(PerUpdate):
+    """Measures the module's `result` at `num_steps` every `every_n_updates`, and logs it as `prefix`/`metric.name`.
+
+    All processes take part. The last update is left out: the finished stage is measured anyway.
     """
 
-    def __init__(
-        self,
-        extractor: torch.nn.Module,
-        data: ImageSet,
-        num_samples: int,
-        seed: int = 0,
-        batch_size: int = 250,
-        every_n_updates: int | None = None,
-    ) -> None:
-        self.name = fid_name(extractor)
-        self.extractor = extractor
-        self.data = data
-        self.num_samples = num_samples
-        self.seed = seed
-        self.batch_size = batch_size
+    def __init__(self, metric: Measure, prefix: str, num_steps: int, every_n_updates: int) -> None:
+        self.metric = metric
+        self.prefix = prefix
+        self.num_steps = num_steps
         self.every_n_updates = every_n_updates
-        self.prefix, self.num_steps = "", 1  # of the stage at hand
-
-    def measure(
-        self, denoiser: Denoiser, num_steps: int, device: torch.device | str = "cpu", sampler: str = "ddim"
-    ) -> float:
-        """The figure over all ranks; sample i is made from (seed, i) by rank i modulo the number of ranks."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        world = torch.distributed.get_world_size() if distributed else 1
-        metric = fid_metric(self.extractor, self.data, rank, device)
-        batches = generate(
-            denoiser,
-            range(rank, self.num_samples, world),
-            num_steps,
-            self.seed,
-            self.batch_size,
-            device,
-            sampler=sampler,
-        )
-        total = -(-self.num_samples // (world * self.batch_size))
-        bar = tqdm(batches, f"{self.name} at {num_steps} steps", total, unit="batch", leave=False, disable=rank > 0)
-        return measure_fid(metric, bar)
 
     def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
-        if self.every_n_updates and update % self.every_n_updates == 0 and update < trainer.max_steps:
-            value = self.measure(module.result.eval(), self.num_steps, module.device)
+        if update % self.every_n_updates == 0 and update < trainer.max_steps:
+            start = time.perf_counter()
+            value = self.metric.measure(module.result.eval(), self.num_steps, module.device)
             module.train()
+            for log in (c for c in trainer.callbacks if isinstance(c, TrainingLog)):
+                log.since += time.perf_counter() - start  # images/s is of training
             for logger in trainer.loggers:
-                logger.log_metrics({f"{self.prefix}/{self.name}": value}, step=update)
-
-
-class ProgressBar(TQDMProgressBar):
-    """One bar per stage that counts its updates, resumed ones included."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 20)  # a log keeps every refresh
-        self.description = description
-
-    @property
-    def total_train_batches(self) -> int:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.initial = trainer.global_step * trainer.accumulate_grad_batches
-        self.train_progress_bar.set_description(self.description)
-
-    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict:
-        return {}
+                logger.log_metrics({f"{self.prefix}/{self.metric.name}": value}, step=update)

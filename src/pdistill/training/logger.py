@@ -1,88 +1,194 @@
 """Loggers, and what a finished stage tells them beside its scalars."""
 
+import contextlib
+import hashlib
 import os
+import re
+import sys
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from pdistill import files, processes
+from pdistill.errors import Interrupted, UserError, first_line
 
-def wandb_logger(directory: str, name: str, project: str, **options) -> WandbLogger:
+Status = Literal["success", "failed", "interrupted"]
+EXIT_CODES: dict[Status, int] = {"success": 0, "failed": 1, "interrupted": Interrupted.exit_code}
+MOST_CHARACTERS = 128  # of W&B's names of runs, projects and artifacts
+NOT_IN_PROJECTS = "/\\#?%:"
+
+
+def wandb_logger(directory: str, name: str, project: str, **options: Any) -> WandbLogger:
     """W&B under one run id for the run directory's whole life; offline unless logged in; it never prompts.
 
-    `options` go to `wandb.init` (entity, group, tags, ...).
+    `options` go to `wandb.init` (entity, group, tags, ...). The run is opened at once, so that whatever W&B does not
+    accept is refused before any work starts: raises UserError for a project name, an option or a key that it refuses.
     """
     import wandb
 
-    id_file = Path(directory) / "wandb_id.txt"
-    if rank_zero_only.rank == 0 and not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled") or not wandb.login(prompt=False)
-    return WandbLogger(
+    if not 0 < len(project) <= MOST_CHARACTERS or set(project) & set(NOT_IN_PROJECTS):
+        raise UserError(
+            f"logger.project={project} must have 1 to {MOST_CHARACTERS} characters, none of {' '.join(NOT_IN_PROJECTS)}"
+        )
+    offline = _is_offline()
+    logger = WandbLogger(
         save_dir=directory,
-        name=name,
+        name=shortened(name),
         project=project,
-        id=id_file.read_text() if id_file.exists() else None,
+        id=_run_id(Path(directory)),
         offline=offline,
         **({"mode": "offline"} if offline else {}),
         **options,
     )
+    if processes.is_main():
+        try:
+            _ = logger.experiment  # opens the run
+        except (wandb.Error, ValueError, TypeError) as error:
+            raise UserError(
+                f"logger=wandb: W&B does not open a run ({_reason(error)}): see to logger.* and your key, or set "
+                f"WANDB_MODE=offline and upload later"
+            ) from error
+    return logger
 
 
-@rank_zero_only
-def log_stage(loggers: list[Logger], prefix: str, row: dict, directory: Path, run_name: str) -> None:
-    """A finished stage: its figures, its grid as an image and, for W&B, its denoiser as an artifact.
+def _run_id(directory: Path) -> str | None:
+    """The id that a run directory's runs share; kept in a file by the main process."""
+    file = directory / "wandb_id.txt"
+    if processes.is_main() and not file.exists():
+        files.write_text(file, uuid.uuid4().hex[:8])
+    return file.read_text().strip() if file.exists() else None
 
-    The artifact's lineage is in its metadata, and online in W&B's graph: the run uses the teacher that it
-    distils and logs the student.
+
+def _is_offline() -> bool:
+    """Whether W&B is told to be offline or has no key. Raises UserError for a key that it refuses."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or not processes.is_main():
+        return True
+    try:
+        return not wandb.login(prompt=False)
+    except (wandb.Error, ValueError) as error:
+        raise UserError(
+            f"logger=wandb: W&B refuses the key ({_reason(error)}): put a valid one into WANDB_API_KEY, or use "
+            f"`wandb login`, or set WANDB_MODE=offline and upload later"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line; of a failed check of settings, which setting and why."""
+    details = getattr(error, "errors", None)  # pydantic's first line only counts them
+    if not callable(details):
+        return first_line(error)
+    return "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in details())
+
+
+def shortened(name: str, limit: int = MOST_CHARACTERS) -> str:
+    """The name, or its beginning and a hash of the whole where it has more than `limit` characters."""
+    if len(name) <= limit:
+        return name
+    return f"{name[: limit - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def artifact_name(run_name: str, prefix: str) -> str:
+    """A name that W&B accepts for an artifact, with a hash where another name would have become the same."""
+    whole = f"{run_name}-{prefix}"
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "-", whole)
+    if plain != whole:
+        plain = f"{plain}-{hashlib.sha256(whole.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return shortened(plain)
+
+
+def metric_prefix(stage_name: str) -> str:
+    """ "steps-0016" -> "steps_0016", the name under which its scalars are logged."""
+    return stage_name.replace("-", "_")
+
+
+def log_stage(loggers: Sequence[Logger], stage: str, row: Mapping[str, Any], directory: Path, run_name: str) -> None:
+    """A finished stage: its metrics, its grid as an image and, for W&B, its denoiser as an artifact.
+
+    `row` are its metrics and `parent`, the stage that it started from, or None; `directory` is the stage's. The
+    artifact's lineage is in its metadata, and online in W&B's graph: the run uses the teacher that it distils and
+    logs the student.
     """
-    figures = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
+    if not processes.is_main():
+        return
+    prefix = metric_prefix(stage)
+    scalars = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
     for logger in loggers:
-        logger.log_metrics(figures)
-        if isinstance(logger, TensorBoardLogger):
-            picture = pil_to_tensor(Image.open(directory / "samples.png"))
-            logger.experiment.add_image(f"{prefix}/samples", picture)
-        elif isinstance(logger, WandbLogger):
-            _log_to_wandb(logger.experiment, prefix, row, directory, run_name)
+        with _telling(logger):
+            logger.log_metrics(scalars)
+            if isinstance(logger, TensorBoardLogger):
+                picture = pil_to_tensor(Image.open(directory / "samples.png"))
+                logger.experiment.add_image(f"{prefix}/samples", picture)
+            elif isinstance(logger, WandbLogger):
+                _log_to_wandb(logger.experiment, prefix, row, directory, run_name)
 
 
-def _log_to_wandb(run, prefix: str, row: dict, directory: Path, run_name: str) -> None:
+def _log_to_wandb(run: Any, prefix: str, row: Mapping[str, Any], directory: Path, run_name: str) -> None:
     import wandb
 
     run.log({f"{prefix}/samples": wandb.Image(str(directory / "samples.png"))})
-    artifact = wandb.Artifact(_artifact_name(run_name, prefix), type="denoiser", metadata=row)
+    artifact = wandb.Artifact(artifact_name(run_name, prefix), type="denoiser", metadata=dict(row))
     artifact.add_dir(str(directory / "denoiser"))
-    if row["parent"] and not run.offline:
-        run.use_artifact(f"{_artifact_name(run_name, row['parent'])}:latest")
+    if row.get("parent") and not run.offline:
+        run.use_artifact(f"{artifact_name(run_name, metric_prefix(row['parent']))}:latest")
     run.log_artifact(artifact)
     if not run.offline:
         artifact.wait()
 
 
-def _artifact_name(run_name: str, prefix: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{run_name}-{prefix}")
-
-
-@rank_zero_only
-def log_summary(loggers: list[Logger], rows: list[dict], comparison: Path) -> None:
+def log_summary(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]], comparison: Path) -> None:
     """The whole run, for W&B: the table of its stages and the comparison sheet."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger) and processes.is_main():
             import wandb
 
-            columns = [k for k in rows[-1] if k != "provenance"]
-            table = wandb.Table(columns=columns, data=[[row.get(k) for k in columns] for row in rows])
-            logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
-            logger.experiment.summary.update({"provenance": rows[0].get("provenance", {})})
+            with _telling(logger):
+                columns = [k for k in rows[-1] if k != "provenance"]
+                table = wandb.Table(columns=columns, data=[[row.get(k) for k in columns] for row in rows])
+                logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
+                logger.experiment.summary.update({"provenance": rows[0].get("provenance", {})})
 
 
-@rank_zero_only
-def close(loggers: list[Logger]) -> None:
-    """Writes what is pending; ends the W&B run, so that the next job of a sweep gets one of its own."""
+@contextlib.contextmanager
+def _telling(logger: Logger) -> Iterator[None]:
+    """A finished stage is on disk: a logger whose server has gone gets a line on stderr, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ConnectionError | TimeoutError) and not type(error).__module__.startswith("wandb."):
+            raise
+        print(f"{type(logger).__name__} did not take everything ({first_line(error)})", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def closing(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Closes the loggers when the block ends, with what became of it: success, failed or interrupted."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        close(loggers, "interrupted")
+        raise
+    except BaseException:
+        close(loggers, "failed")
+        raise
+    close(loggers, "success")
+
+
+def close(loggers: Sequence[Logger], status: Status = "success") -> None:
+    """Writes what is pending; ends the W&B run, so that the next job of a sweep gets one of its own.
+
+    W&B shows a run that failed as failed, and one that was interrupted as preempted, which the same command resumes.
+    """
     for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger) and processes.is_main():
+            with _telling(logger):
+                if status == "interrupted":
+                    logger.experiment.mark_preempting()
+                logger.experiment.finish(exit_code=EXIT_CODES[status])

@@ -3,6 +3,8 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -10,92 +12,115 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pdistill.denoiser import Denoiser
+from pdistill.network import set_dropout
+from pdistill.optimizer import Factor, adamw
 from pdistill.randomness import seed_global_generator
+from pdistill.sampling import Condition
+from pdistill.training.settings import Optimization
+from pdistill.weighting import weighted_loss
+
+__all__ = ["DenoisingModule", "Recipe", "weighted_loss"]
 
 
-def weighted_loss(weighting: Callable[[Tensor], Tensor], x_hat: Tensor, x: Tensor, logsnr: Tensor) -> Tensor:
-    """w(logsnr) times the mean squared error in x, per example: (B, C, H, W) twice and (B,) -> (B,)."""
-    return weighting(logsnr) * (x_hat - x).square().mean(dim=(1, 2, 3))
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are trained, whatever is trained."""
+
+    settings: Optimization
+    """Learning rate, decay, clipping, EMA and dropout."""
+    weighting: Callable[[Tensor], Tensor]
+    """Of the squared error in x, as a function of logsnr."""
+    optimizer: Callable[..., torch.optim.Optimizer] = adamw
+    """`optimizer(parameters, settings)`; its state goes into checkpoints."""
+    seed: int = 0
+    """Of the noise, the times, the dropout and the hidden labels."""
+    label_dropout: float = 0.0
+    """Share of labels hidden from a network with a null label."""
 
 
 class DenoisingModule(LightningModule):
-    """Trains `denoiser` on the loss that a subclass defines; AdamW, gradient clipping, optional EMA.
+    """Trains `denoiser` by `recipe` on the loss that a subclass defines, with gradient clipping and an optional EMA.
 
-    A subclass gives `losses(batch) -> (per-example losses (B,), logsnr (B,))` and `lr_factor(update)`. All of
-    a step's randomness comes from torch's global generator, seeded by (seed, stage, step, rank), dropout
-    included. A batch is a dict of `image` (B, C, H, W) in [-1, 1], `step` and, with classes, `label` (B,).
+    A subclass gives `losses(batch) -> (losses (B,), logsnr (B,))`. All of a step's randomness comes from torch's global
+    generator, seeded by ("training", seed, stage, step, rank), dropout included. A batch is a dict of `image`
+    (B, C, H, W) in [-1, 1], `step`, and `label` (B,) or `condition`. `lr_factor` maps the updates done to a factor on
+    the learning rate.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        weighting: Callable[[Tensor], Tensor],
-        learning_rate: float,
-        weight_decay: float = 0.0,
-        gradient_clip: float | None = 1.0,
-        ema_decay: float | None = None,
-        seed: int = 0,
-        stage: int = 0,
-        label_dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.weighting = weighting
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.gradient_clip = gradient_clip
-        self.seed = seed
-        self.stage = stage
-        self.label_dropout = label_dropout
+        self.denoiser = denoiser.requires_grad_(True).train()
+        self.recipe = recipe
+        self.stage_index = stage
+        self.lr_factor = lr_factor
         self.gradient_norm: Tensor | None = None
         self.ema = None
-        if ema_decay is not None:
+        set_dropout(denoiser.network, recipe.settings.dropout)
+        if recipe.settings.ema_decay is not None:
             self.ema = copy.deepcopy(denoiser).requires_grad_(False)
-            self.average = get_ema_multi_avg_fn(ema_decay)
+            self.average = get_ema_multi_avg_fn(recipe.settings.ema_decay)
 
     @abstractmethod
-    def losses(self, batch: dict) -> tuple[Tensor, Tensor]: ...
-
-    @abstractmethod
-    def lr_factor(self, update: int) -> float: ...
+    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]: ...
 
     @property
     def result(self) -> Denoiser:
         """The denoiser that the training is for: the EMA where there is one."""
         return self.denoiser if self.ema is None else self.ema
 
-    def label_of(self, batch: dict) -> Tensor | None:
-        """(B,), some of them replaced by the null label: classifier-free guidance (Ho & Salimans, 2022)."""
-        if self.denoiser.num_classes is None:
-            return None
-        label = batch["label"]
-        if not self.label_dropout:
-            return label
-        return torch.where(
-            torch.rand(label.shape, device=label.device) < self.label_dropout, self.denoiser.null_label, label
-        )
+    def condition_of(self, batch: dict[str, Any]) -> Condition:
+        """The batch's `condition` (labels, or a dict of tensors), else its `label` if the network takes one, else None.
 
-    def training_step(self, batch: dict, batch_idx: int) -> dict:
-        seed_global_generator(self.device, self.seed, self.stage, int(batch["step"]), self.global_rank)
+        A share `label_dropout` of the labels is replaced by the null label (Ho & Salimans, 2022).
+        """
+        condition = batch.get("condition")
+        if condition is None and self.denoiser.num_classes is not None:
+            condition = batch["label"]
+        if condition is None or not self.recipe.label_dropout:
+            return condition
+        null = self.denoiser.null_condition(condition)
+        if not isinstance(condition, dict):
+            return self._hidden(condition, null)
+        return condition | {"label": self._hidden(condition["label"], null["label"])}
+
+    def _hidden(self, label: Tensor, null: Tensor) -> Tensor:
+        return torch.where(torch.rand(len(label), device=label.device) < self.recipe.label_dropout, null, label)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        key = (self.recipe.seed, self.stage_index, int(batch["step"]), self.global_rank)
+        seed_global_generator(self.device, "training", *key)
         losses, logsnr = self.losses(batch)
-        return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": logsnr}
+        return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": logsnr.detach()}
 
     def on_fit_start(self) -> None:
         if self.ema is not None:  # listed once: walking the modules takes a millisecond
             self.averaged = list(self.ema.parameters()), list(self.denoiser.parameters())
 
-    def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW(
-            self.denoiser.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, fused=True
-        )
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.recipe.optimizer(self.denoiser.parameters(), self.recipe.settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm to the recipe's `gradient_clip`, and keeps the norm for the log."""
+        scaler = self.loss_scaler
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # a fused optimizer would do it after the clipping
+        limit = self.recipe.settings.gradient_clip
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
 
-    def optimizer_step(self, *args, **kwargs) -> None:
+    @property
+    def loss_scaler(self) -> torch.amp.GradScaler | None:
+        """Of float16 training, which skips updates whose gradient overflows; None for other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Not in on_train_batch_end: callbacks, and with them checkpoints, come before that hook of the module.
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:

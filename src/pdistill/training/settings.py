@@ -93,6 +93,8 @@ class Steps:
 
     def __post_init__(self) -> None:
         if len(self.plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in self.plan):
-            raise UserError(f"steps.plan={self.plan} must list at least two whole step counts, e.g. steps.plan=[32,16,8]")
+            raise UserError(
+                f"steps.plan={self.plan} must list at least two whole step counts, e.g. steps.plan=[32,16,8]"
+            )
         whole("steps.updates", self.updates, 1)
         whole("steps.updates_last_two", self.updates_last_two, 1)

@@ -1,31 +1,37 @@
 """Training of the teacher in continuous time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pdistill.denoiser import Denoiser
+from pdistill.optimizer import warm_up
 from pdistill.parameterization import broadcast
-from pdistill.schedule import alpha_sigma
-from pdistill.training.module import DenoisingModule, weighted_loss
+from pdistill.training.module import DenoisingModule, Recipe, weighted_loss
+
+SMALLEST_TIME = 2**-24  # the spacing of torch.rand in float32: its largest number is 1 - 2^-24
 
 
 class TeacherModule(DenoisingModule):
-    """t ~ U[0, 1], z_t = alpha_t x + sigma_t eps, and the weighted squared error of x_hat(z_t) in x.
+    """t by the schedule's density, z_t = alpha_t x + sigma_t eps, and the weighted squared error of x_hat(z_t) in x.
 
-    The learning rate rises linearly over `warmup_updates` and then stays. Other arguments: DenoisingModule.
+    t = schedule.training_time(u) with u ~ U[0, 1]: uniform unless the schedule says otherwise. It stays off both
+    ends, where a schedule's log-SNR may be infinite. The learning rate rises over `recipe.settings.warmup_updates`
+    and then stays.
     """
 
-    def __init__(self, *args, warmup_updates: int = 0, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.warmup_updates = warmup_updates
+    def __init__(self, denoiser: Denoiser, recipe: Recipe) -> None:
+        super().__init__(denoiser, recipe, stage=0, lr_factor=warm_up(getattr(recipe.settings, "warmup_updates", 0)))
 
-    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:
-        x = batch["image"]
-        t = torch.rand(len(x), device=x.device)
-        logsnr = self.denoiser.schedule(t)
-        alpha, sigma = alpha_sigma(logsnr)
+    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(B,) losses and (B,) logsnr of a batch."""
+        x, schedule = batch["image"], self.denoiser.schedule
+        u = torch.rand(len(x), device=x.device)
+        t = schedule.training_time(u) if hasattr(schedule, "training_time") else u
+        t = t.clamp(SMALLEST_TIME, 1 - SMALLEST_TIME)
+        logsnr = schedule(t)
+        alpha, sigma = schedule.alpha_sigma(logsnr)
         z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
-        x_hat = self.denoiser(z_t, t, self.label_of(batch))
-        return weighted_loss(self.weighting, x_hat, x, logsnr), logsnr
-
-    def lr_factor(self, update: int) -> float:
-        return min(1.0, (update + 1) / self.warmup_updates) if self.warmup_updates else 1.0
+        x_hat = self.denoiser(z_t, t, self.condition_of(batch))
+        return weighted_loss(self.recipe.weighting, x_hat, x, logsnr), logsnr

@@ -1,0 +1,149 @@
+"""One stage: one Lightning fit, from its checkpoint if there is one, to the denoiser on disk."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from pdistill import processes
+from pdistill.errors import UserError
+from pdistill.files import write_json
+from pdistill.training import checkpoint
+from pdistill.training.callbacks import Cost, Measure, MetricWhileTraining, ResumableCheckpoint, TrainingLog
+from pdistill.training.data import ImageDataModule
+from pdistill.training.module import DenoisingModule
+from pdistill.training.progress import ProgressBar
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a stage is run; what it trains is in its modules."""
+
+    directory: Path
+    """Of the stage. It gets last.ckpt and previous.ckpt while the stage trains, then cost.json and, last, denoiser/."""
+    prefix: str
+    """Of the stage's scalars, and the name of its bar: "teacher", "steps_0016"."""
+    updates: int
+    """Of the weights."""
+    num_steps: int
+    """Steps that the result is sampled with: of its diffusers pipeline, and of the metric while it trains."""
+    trainer: Callable[..., Trainer] = Trainer
+    """Makes a Trainer; with `functools.partial`, its devices, precision, `accumulate_grad_batches` and so on."""
+    loggers: Sequence[Logger] = ()
+    """Get the scalars."""
+    callbacks: Sequence[Callback] = ()
+    """Further callbacks."""
+    metric: Measure | None = None
+    """Measured while the stage trains, for example a `metrics.fid.FID`."""
+    measure_every_n_updates: int | None = None
+    """Updates between two measurements; None for none."""
+    checkpoint_every_n_updates: int = 250
+    """Updates that a crash may cost at most."""
+    max_batch_per_device: int | None = None
+    """More images than this are taken in several parts, their gradients added up; None: no limit."""
+    progress_bar: bool = True
+    """Whether a bar counts the updates."""
+
+
+def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -> None:
+    """Trains one stage to `settings.directory`/denoiser, starting from where a stopped one left it.
+
+    Every process calls it, and all leave it together. Raises UserError for a batch that the devices cannot share,
+    losses that are not finite and checkpoints that are damaged; Interrupted where a signal stopped it and the
+    checkpoint is written.
+    """
+    directory = settings.directory
+    path = directory / checkpoint.LAST
+    log, cost = TrainingLog(settings.prefix, data.batch_size), Cost()
+    callbacks: list[Callback] = [log, cost, checkpoint.Batching(), *settings.callbacks]
+    if settings.metric is not None and settings.measure_every_n_updates:
+        arguments = (settings.metric, settings.prefix, settings.num_steps, settings.measure_every_n_updates)
+        callbacks.append(MetricWhileTraining(*arguments))
+    if settings.progress_bar:
+        callbacks.append(ProgressBar(settings.prefix))
+    callbacks.append(ResumableCheckpoint(path, settings.checkpoint_every_n_updates, log))
+    with quietly():
+        trainer = make_trainer(settings, callbacks=callbacks, max_steps=settings.updates)
+        trainer.accumulate_grad_batches = accumulated_batches(
+            data.batch_size, trainer.world_size, trainer.accumulate_grad_batches, settings.max_batch_per_device
+        )
+        start_processes(trainer)
+        if processes.is_main():
+            directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_partial(directory)
+        resumes = checkpoint.there_is_one(directory)
+        trainer.fit(module, data, ckpt_path=str(path) if resumes else None, weights_only=True)
+    if processes.is_main():
+        write_json(directory / "cost.json", cost.spent | {"training_images": settings.updates * data.batch_size})
+        module.result.save(directory / "denoiser", grid=settings.num_steps)
+        checkpoint.WholeCheckpoints().remove_checkpoint(path)
+    processes.barrier()
+
+
+def make_trainer(settings: FitSettings, **options: Any) -> Trainer:
+    """A Trainer without Lightning's own checkpoints, samplers and summaries, which writes checkpoints whole."""
+    given = settings.trainer.keywords if isinstance(settings.trainer, partial) else {}
+    plugins = given.get("plugins") or []
+    return settings.trainer(
+        logger=list(settings.loggers),
+        plugins=[*(plugins if isinstance(plugins, list | tuple) else [plugins]), checkpoint.WholeCheckpoints()],
+        enable_progress_bar=settings.progress_bar,
+        enable_checkpointing=True,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        max_epochs=-1,
+        default_root_dir=str(settings.directory),
+        **options,
+    )
+
+
+def start_processes(trainer: Trainer) -> None:
+    """Starts the other processes of a trainer with several devices, unless they are there, and lets all of them meet.
+
+    From then on `pdistill.processes` knows every rank. Calling it again does nothing.
+    """
+    if trainer.world_size == 1 or processes.world_size() > 1:
+        return
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        trainer.strategy.setup_environment()
+    else:
+        launcher.launch(trainer.strategy.setup_environment)
+
+
+def accumulated_batches(
+    batch_size: int, devices: int, least: int = 1, most_images: int | None = None, key: str = "batch_size"
+) -> int:
+    """How many batches' gradients each device adds up, so that all of them make one batch of `batch_size`.
+
+    The fewest, but not below `least`, that give equal parts of at most `most_images`. Raises UserError, which names
+    `key`, where the batch cannot be divided so.
+    """
+    per_device, rest = divmod(batch_size, devices * least)
+    if rest:
+        raise UserError(
+            f"{key}={batch_size} cannot be divided into {devices * least} equal parts (devices times accumulated "
+            f"batches): use a multiple of {devices * least}"
+        )
+    most = most_images or per_device
+    return least * next(k for k in range(1, per_device + 1) if per_device % k == 0 and per_device // k <= most)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without Lightning's hints on loaders and workers, which do not fit this use, and its lines on devices."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
