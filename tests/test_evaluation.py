@@ -1,153 +1,268 @@
-"""evaluate.py, and its metrics against others' and against what must hold."""
+"""evaluate: what is measured against which data, which rows are kept, and what is refused in one line."""
 
 import json
-import os
+import multiprocessing
+from functools import partial
+from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+import yaml
 
-from pdistill import extractors
-from pdistill.dataset import digits
-from pdistill.dataset.batches import to_float, to_uint8
+from pdistill import registry
+from pdistill.commands.contenders import _known_datasets
+from pdistill.commands.evaluate import Rows, evaluate
+from pdistill.commands.settings import Evaluate
+from pdistill.dataset import ImageSet, digits
 from pdistill.errors import UserError
-from pdistill.metrics.distances import FrechetDistance, measures
-from pdistill.metrics.extractors import inception, train_classifier
-from pdistill.metrics.reference import fid_metric, frechet_distance, measure_fid, reference
-from pdistill.report.tables import cells, comparable
+from pdistill.interop.diffusers import Pipeline
+from pdistill.metrics.extractors import train_classifier
+from pdistill.metrics.settings import Metrics
+from pdistill.sampling import Draw
+
+QUICK = partial(train_classifier, max_updates=20)
 
 
 @pytest.fixture(scope="module")
-def extractor(tmp_path_factory):
+def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield train_classifier(digits(), epochs=6)
+        yield
 
 
-def test_a_run_and_its_baselines_are_measured_once(smoke, run, workplace):
-    command = ("evaluate.py", f"denoiser={smoke}", "metrics.num_samples=100", "name=figures")
-    status, out, err = run(*command, "steps=[1,2]", "baselines=[ddim,heun]")
-    assert status == 0 and "real images" in out, err
-    file = workplace / "outputs" / "evaluations" / "figures.json"
-    rows = json.loads(file.read_text())
+@pytest.fixture
+def here(tmp_path, monkeypatch, cache) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def a_run(tiny):
+    """a_run("outputs/own", target="pdistill.dataset.digits") -> a run's directory, its denoisers untrained."""
+
+    def a_run(directory: Path, seed: int = 0, **dataset) -> Path:
+        for stage, num_steps in (("teacher", None), ("steps-0002", 2), ("steps-0001", 1)):
+            denoiser = tiny(seed=seed + (num_steps or 0))
+            denoiser.num_steps = num_steps
+            denoiser.save(directory / stage / "denoiser")
+        (directory / "config.yaml").write_text(yaml.dump({"dataset": dataset}))
+        return directory
+
+    return a_run
+
+
+def measured(denoiser: str | Path, num_samples: int = 40, **settings) -> list[dict]:
+    """The rows of an evaluation, in this process."""
+    settings = {"bootstrap": 0, "device": "cpu", "metrics": Metrics(QUICK, num_samples)} | settings
+    return json.loads(evaluate(Evaluate(denoiser=str(denoiser), **settings)).read_text())
+
+
+def test_a_run_and_its_baselines_are_measured_once(here, a_run):
+    run = a_run(here / "outputs" / "own", _target_="pdistill.dataset.digits")
+    rows = measured(run, bootstrap=3, baselines=["ddim", "heun"])
     made = [(r["provenance"]["label"], r["provenance"]["num_steps"]) for r in rows]
-    expected = [("real images", None), *(("distilled", n) for n in (1, 2, 4))]
+    expected = [("real images", None), ("distilled", 1), ("distilled", 2)]
     assert made == expected + [(f"teacher, {s}", n) for s in ("ddim", "heun") for n in (1, 2)]
     assert all(r["fid_classifier"] > r["fid_classifier_std"] > 0 and 0 <= r["recall"] <= 1 for r in rows)
-    assert rows[1]["provenance"]["reference_size"] == 1797 and rows[0]["provenance"]["num_samples"] == 100
+    assert rows[1]["provenance"]["reference_size"] == 1797 and rows[0]["provenance"]["num_samples"] == 40
+    file = here / "outputs" / "evaluations" / "own.json"
     assert file.with_suffix(".png").exists() and "teacher, heun" in file.with_suffix(".md").read_text()
-    assert "Measured by evaluate.py" not in (smoke / "report.html").read_text()  # this one is under another name
-    status, _, err = run(*command, "steps=2", "baselines=ddim")
-    assert status == 0 and json.loads(file.read_text()) == rows, err
-
-    status, _, err = run("evaluate.py", f"denoiser={smoke / 'teacher' / 'denoiser'}")
-    assert status == 2 and "give steps=[...]" in err and err.count("\n") == 1
-    status, _, err = run(*command, "num_reference=2000")
-    assert status == 2 and "num_reference=2000 must be 2 to 1797" in err and err.count("\n") == 1
-    status, out, _ = run(*command[:2], "metrics.num_samples=60", "name=few", "bootstrap=0")
-    assert status == 0 and "60 samples for 64 features" in out
+    assert measured(run, bootstrap=3, num_steps=2, baselines="ddim") == rows
+    elsewhere = run.rename(here / "outputs" / "moved")  # the same weights, wherever they lie
+    assert measured(elsewhere, bootstrap=3, name="own") == rows
+    assert "distilled" not in file.with_suffix(".md").read_text()  # none lie where they were measured
 
 
-def test_two_processes_measure_what_one_does(smoke, run, workplace):
-    denoiser = f"denoiser={smoke / 'steps-0002' / 'denoiser'}"
-    for name, devices in (("one", 1), ("two", 2)):  # three batches: an uneven split
-        overrides = [f"name={name}", f"devices={devices}", "metrics.num_samples=90", "batch_size=35", "bootstrap=3"]
-        status, _, err = run("evaluate.py", denoiser, *overrides)
-        assert status == 0, err
-    one, two = (
-        json.loads((workplace / "outputs" / "evaluations" / f"{name}.json").read_text()) for name in ("one", "two")
-    )
-    for a, b in zip(one, two, strict=True):
-        del a["seconds"], b["seconds"]
-        assert a == pytest.approx(b, rel=1e-4) if "provenance" not in a else a.pop("provenance") == b.pop("provenance")
-        assert a == pytest.approx(b, rel=1e-4)
+def test_a_retrained_denoiser_at_the_same_path_is_measured_anew(here, a_run):
+    run = a_run(here / "outputs" / "own", _target_="pdistill.dataset.digits")
+    before = measured(run)
+    measured(run / "teacher" / "denoiser", num_steps=4, name="own")
+    a_run(run, seed=10, _target_="pdistill.dataset.digits")
+    after = measured(run / "steps-0001")
+    assert after[-1]["fid_classifier"] != before[1]["fid_classifier"]
+    rows = measured(run)
+    assert [r["provenance"]["label"] for r in rows] == ["real images", "distilled", "distilled"]  # no stale one
+    assert all(a["fid_classifier"] != b["fid_classifier"] for a, b in zip(rows[1:], before[1:], strict=True))
 
 
-def test_a_pipeline_of_diffusers(run, workplace):
+def test_rows_of_version_0_1_0_are_shown_with_a_mark_until_they_are_measured_anew(here, a_run):
+    run = a_run(here / "outputs" / "own", _target_="pdistill.dataset.digits")
+    rows = measured(run)
+    old = json.loads(json.dumps(rows[1:]))
+    for row in old:
+        for key in ("denoiser_fingerprint", "device"):
+            del row["provenance"][key]
+        row["provenance"]["version"] = "0.1.0"
+    for description in run.glob("*/denoiser/denoiser.json"):  # a 0.1.0 denoiser does not know its fingerprint
+        content = json.loads(description.read_text())
+        del content["fingerprint"]
+        description.write_text(json.dumps(content))
+    file = here / "outputs" / "evaluations" / "own.json"
+    file.write_text(json.dumps([rows[0], *old]))
+    shown = [row["provenance"]["label"] for row in measured(run / "steps-0001", name="own")]
+    assert shown == ["real images", "denoiser, ddim", "distilled", "distilled"]
+    assert "measured otherwise: precision not recorded" in file.with_suffix(".md").read_text()
+    assert len(measured(run)) == 4 and "otherwise" not in file.with_suffix(".md").read_text()  # in the old ones' place
+
+
+def reds(number: int) -> ImageSet:
+    images = torch.full((number, 1, 8, 8), 200, dtype=torch.uint8)
+    images[:, :, :4] = torch.arange(number, dtype=torch.uint8)[:, None, None, None]
+    return ImageSet("reds", images, torch.arange(number) % 2)
+
+
+def test_a_run_is_measured_against_its_own_dataset(here, a_run, monkeypatch, capsys):
+    run = a_run(here / "outputs" / "own", _target_=f"{__name__}.reds", number=50)
+    with pytest.raises(UserError, match=f"{__name__}.reds, which is neither built in nor registered"):
+        measured(run)
+    monkeypatch.setitem(registry._parts["dataset"], "reds", reds)
+    for place in (run, run / "steps-0001" / "denoiser"):
+        assert {r["provenance"]["reference"] for r in measured(place)} == {"reds"}
+    assert measured(run, dataset=digits(), name="other")[0]["provenance"]["reference"] == "digits"
+    assert "digits" not in capsys.readouterr().out
+    (run / "run.json").write_text('{"version": "0.2.0", "data": "other"}')
+    measured(run)
+    assert "the images of reds have changed since" in capsys.readouterr().out
+    former = _known_datasets()["pdistill.dataset.huggingface.load"]
+    run = a_run(here / "outputs" / "old", _target_="pdistill.huggingface.load")  # as version 0.1.0 wrote it
+    monkeypatch.setattr("pdistill.commands.contenders._known_datasets", lambda: {NEW_PLACE: lambda: reds(50)})
+    assert former.__module__ == "pdistill.dataset.huggingface" and measured(run)
+
+
+NEW_PLACE = "pdistill.dataset.huggingface.load"
+
+
+def test_a_lone_denoiser_is_measured_against_digits_if_it_fits_and_says_so(here, tiny, capsys):
+    tiny().save("lone")
+    assert measured("lone", num_steps=1)[0]["provenance"]["reference"] == "digits"
+    assert capsys.readouterr().out.count("names no dataset: measured against digits") == 1
+    tiny(size=16).save("large")
+    with pytest.raises(UserError, match=r"lies in no run .* shape \(1, 16, 16\): give the dataset .* dataset="):
+        measured("large", num_steps=1)
+    with pytest.raises(UserError, match=r"shape \(1, 16, 16\) and digits holds \(1, 8, 8\)"):
+        measured("large", num_steps=1, dataset=digits())
+    with pytest.raises(UserError, match=r"made for no step count of its own: give num_steps=\[...\]"):
+        measured("lone")
+    with pytest.raises(UserError, match="num_reference=2000 must be 2 to 1797"):
+        measured("lone", num_steps=1, num_reference=2000)
+    with pytest.raises(UserError, match="metrics=classifier needs labels"):
+        measured("lone", num_steps=1, dataset=ImageSet("bare", digits().images))
+    few = measured("lone", 3, num_steps=1, num_reference=3, name="few")
+    assert [r["provenance"]["label"] for r in few] == ["denoiser, ddim"]  # too few images for two halves
+
+
+def test_what_diverges_is_refused_in_one_line(here, tiny):
+    denoiser = tiny()
+    denoiser.save("lone")
+    with pytest.raises(UserError, match="steps by diverging are not finite"), pytest.MonkeyPatch.context() as patch:
+        diverging = lambda denoise, schedule, z, num_steps, options: z / 0  # noqa: E731
+        patch.setitem(registry._parts["sampler"], "diverging", diverging)
+        measured("lone", num_steps=2, samplers="diverging")
+
+
+def foreign(directory: Path, size=8, **scheduler) -> None:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
-    network = diffusers.UNet2DModel(8, 1, 1, layers_per_block=1, **blocks)
-    diffusers.DDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(workplace / "foreign")
-    command = ("evaluate.py", "denoiser=foreign", "metrics.num_samples=70", "bootstrap=0")
-    status, out, err = run(*command, "steps=2")
-    assert status == 0 and "foreign, own scheduler" in out, err
-    status, _, err = run(*command)
-    assert status == 2 and "give steps=[...]" in err
-    (workplace / "foreign" / "unet" / "config.json").unlink()
-    status, _, err = run(*command, "steps=2")
-    assert status == 2 and "diffusers cannot load the pipeline foreign" in err and err.count("\n") == 1
+    network = diffusers.UNet2DModel(size, 1, 1, layers_per_block=1, **blocks)
+    diffusers.DDIMPipeline(network, diffusers.DDIMScheduler(**scheduler)).save_pretrained(directory)
 
 
-def test_metrics(extractor):
-    data = digits()
-    real = extractor(data.images)
-    distance = frechet_distance(reference(extractor, data))
-    random = torch.Generator().manual_seed(0)
-    noisy = (to_float(data.images) + 0.3 * torch.randn(data.images.shape, generator=random))[:900]
-    fake = extractor(to_uint8(noisy))
-    row = measures(fake, real, distance, extractor.logits, 20, extrapolate=True)
-    statistics = (fid_features_to_statistics(features.double()) for features in (fake, real))
-    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-    assert row["fid"] == pytest.approx(theirs, rel=1e-6)
-    assert row["fid"] == pytest.approx(measure_fid(fid_metric(extractor, data), iter([noisy])), rel=1e-3)
-    same = measures(real, real, distance, extractor.logits, 0)
-    assert same["fid"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1
-    assert abs(same["kid"]) < row["kid"] and same["is"] > 8
-    zeros_alone = measures(real[data.labels == 0], real, distance, extractor.logits, 0)
-    assert zeros_alone["recall"] < 0.3 and zeros_alone["is"] == pytest.approx(1, abs=0.1)
-    with pytest.raises(UserError, match="all alike"):
-        measures(real[:1].expand(10, -1), real, distance, extractor.logits, 0)
-    with pytest.raises(UserError, match="not finite"):
-        measures(real[:10] / 0, real, distance, extractor.logits, 0)
+def test_a_pipeline_of_diffusers(here, capsys):
+    foreign(here / "foreign", size=(8, 8))
+    rows = measured("foreign", num_steps=2)
+    assert "names no dataset: measured against digits" in capsys.readouterr().out
+    made_with = rows[-1]["provenance"]
+    assert made_with["label"] == "foreign, own scheduler" and made_with["clip"] is True
+    assert measured("foreign", num_steps=2) == rows
+    foreign(here / "foreign", size=(8, 8), clip_sample=False)  # the same weights, another scheduler
+    again = measured("foreign", num_steps=2)
+    assert len(again) == 2 and again[-1]["provenance"]["clip"] is False and again != rows
+    for settings, problem in (({}, "give num_steps="), ({"num_steps": 2000}, "foreign cannot take num_steps=2000")):
+        with pytest.raises(UserError, match=problem) as told:
+            measured("foreign", **settings)
+        assert "\n" not in str(told.value)
 
 
-def test_intervals_and_extrapolation_of_a_known_distance():
-    """Gaussians of unit covariance, means 1 apart: the distance is 1, and finite samples say more."""
-    random = torch.Generator().manual_seed(0)
-    distance = FrechetDistance(torch.zeros(16).double(), torch.eye(16).double())
-
-    def draw(n: int) -> torch.Tensor:
-        samples = torch.randn(n, 16, generator=random)
-        samples[:, 0] += 1
-        return samples
-
-    at_infinity, error = distance.extrapolated(draw(3000))
-    assert distance(draw(300)) > 1.1 > at_infinity > 0.9 and abs(at_infinity - 1) < 5 * error < 0.5
-    spread = np.std([distance(draw(1000)) for _ in range(60)])
-    assert distance.bootstrap_std(draw(1000), 60) == pytest.approx(spread, rel=0.4)
-
-
-def test_figures_of_different_provenance_carry_a_mark():
-    base = {"label": "a", "extractor": "inception", "num_steps": 1, "num_samples": 100, "clip": True}
-    rows = [{"fid": 2.0, "provenance": base}, {"fid": 1.0, "provenance": base | {"num_samples": 50, "label": "b"}}]
-    assert comparable(*(row["provenance"] for row in rows)) == ["num_samples 50, there 100"]
-    _, lines, notes = cells(rows)
-    assert [line[0] for line in lines] == ["a", "b†"] and notes == ["† measured otherwise: num_samples 50, there 100"]
+@pytest.mark.parametrize("damage", ["unet/config.json", "scheduler/scheduler_config.json", "weights", "nan"])
+def test_a_damaged_pipeline_is_refused_in_one_line(here, damage):
+    foreign(here / "foreign")
+    weights = here / "foreign" / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "nan":
+        network = diffusers.UNet2DModel.from_pretrained(here / "foreign" / "unet")
+        network.conv_in.weight.data[0] = torch.nan
+        network.save_pretrained(here / "foreign" / "unet")
+    elif damage == "weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        (here / "foreign" / damage).unlink()
+    with pytest.raises(UserError, match="foreign") as told:
+        measured("foreign", num_steps=2)
+    assert "\n" not in str(told.value)
 
 
-def test_inception_is_torch_fidelitys(monkeypatch, tmp_path):
-    """With random weights, the published ones not being at hand; images enlarged as the literature does."""
-    torch.save({}, tmp_path / "weights.pth")
-    monkeypatch.setattr(extractors, "_check_digest", lambda file: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "weights.pth"))
-        ours = inception(digits(), str(tmp_path / "weights.pth"))
-    ours.network.load_state_dict(theirs.state_dict())
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images)[0])
-        assert ours(images[:, :1]).shape == (2, 2048) == (2, ours.num_features)
-        assert ours.logits(ours(images)).shape == (2, 1008)
+def test_whatever_a_foreign_pipeline_raises_names_its_folder(here, monkeypatch):
+    foreign(here / "foreign")
+    pipeline = Pipeline.load("foreign")
+    monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"the pipeline foreign fails at 2 steps \(ZeroDivisionError"):
+        list(pipeline.generate(range(3), Draw(2)))
 
 
-def test_damaged_inception_weights(tmp_path):
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(os.urandom(1000))
-    with pytest.raises(UserError, match=r"weights.pth is damaged .* 6726825d"):
-        inception(digits(), str(weights))
-    with pytest.raises(UserError, match="weights are not to be had"):
-        inception(digits(), str(tmp_path / "absent.pth"))
+def add_rows(file: Path, number: int) -> None:
+    rows = Rows(file)
+    for k in range(20):
+        rows.add({"fid": 1.0, "provenance": {"label": "x", "denoiser": None, "num_steps": k, "seed": number}})
+
+
+def test_several_processes_at_once_lose_no_rows(tmp_path):
+    file = tmp_path / "rows.json"
+    processes = [multiprocessing.get_context("fork").Process(target=add_rows, args=(file, n)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(Rows(file).read()) == 40
+    file.write_text("[{")
+    with pytest.raises(UserError, match=r"rows\.json is damaged"):
+        Rows(file).read()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"seed": -1}, "seed=-1 must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"devices": 0}, "devices=0"),
+        ({"bootstrap": -1}, "bootstrap=-1"),
+        ({"num_reference": 1}, "num_reference=1"),
+        ({"num_steps": 0}, "num_steps=0 must be whole numbers, at least 1"),
+        ({"num_steps": []}, r"num_steps=\[\]"),
+        ({"steps": [1, 2.5]}, r"steps=\[1, 2.5\]"),
+        ({"steps": 1, "num_steps": 2}, "give one of them"),
+        ({"samplers": ["nobody"]}, "samplers=.*must be among ddim"),
+        ({"baselines": 3}, "baselines=3 must be among"),
+        ({"name": "a/b"}, "name=a/b"),
+        ({"extrapolate": True, "metrics": Metrics(QUICK, 5)}, "metrics.num_samples=5 must be at least 20"),
+    ],
+)
+def test_settings_are_checked(settings, problem):
+    with pytest.raises(UserError, match=problem):
+        Evaluate(denoiser="x", **settings)
+
+
+def test_the_command_takes_steps_by_both_names_and_several_devices(run, workplace, a_run):
+    """Hydra would take steps=[1,2] for choices of the group conf/steps."""
+    a_run(workplace / "outputs" / "untrained", _target_="pdistill.dataset.digits")
+    command = ("evaluate.py", "denoiser=outputs/untrained", "metrics.num_samples=90", "batch_size=35", "bootstrap=3")
+    command += ("metrics.extractor.max_updates=20",)
+    files = {}
+    for name, overrides in {"one": ["steps=[1,2]"], "two": ["num_steps=[1,2]", "devices=2"]}.items():
+        status, out, err = run(*command, f"name={name}", "baselines=[ddim]", *overrides)
+        assert status == 0 and "real images" in out, err
+        files[name] = json.loads((workplace / "outputs" / "evaluations" / f"{name}.json").read_text())
+    assert len(files["one"]) == 5
+    for a, b in zip(files["one"], files["two"], strict=True):
+        del a["seconds"], b["seconds"]
+        assert a.pop("provenance") == b.pop("provenance") and a == pytest.approx(b, rel=1e-4)

@@ -1,7 +1,7 @@
 """What evaluate measures: a run, a denoiser by itself or a diffusers pipeline; and against which data."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ class Contender:
     path: str
     sampler: str
     num_steps: int
+
+
+def made(part: Any) -> Any:
+    """What a node of the configuration makes; a part that a program gave is that itself."""
+    return instantiate(part) if isinstance(part, Mapping) else part
 
 
 def load(path: str) -> Model:
@@ -119,7 +124,7 @@ def reference_set(settings: Evaluate, image_shape: tuple[int, int, int]) -> Imag
 
 def _whole_reference_set(settings: Evaluate, image_shape: tuple[int, int, int]) -> ImageSet:
     if settings.dataset is not None:
-        return instantiate(settings.dataset)
+        return made(settings.dataset)
     run = run_of(place_of(settings))
     if run is not None:
         return dataset_of_run(run)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pdistill.commands.contenders import Contender, Model, contenders, load, place_of, reference_set, run_of
+from pdistill.commands.contenders import Contender, Model, contenders, load, made, place_of, reference_set, run_of
 from pdistill.commands.sample import name_of
 from pdistill.commands.settings import Evaluate, settings_of
 from pdistill.dataset import ImageSet
@@ -114,7 +113,7 @@ class Evaluation:
 
     def __init__(self, settings: Evaluate, data: ImageSet, device: torch.device) -> None:
         self.settings, self.data, self.device = settings, data, device
-        self.extractor = build(instantiate(settings.metrics.extractor), data, device).to(device)
+        self.extractor = build(made(settings.metrics.extractor), data, device).to(device)
         measured = reference(self.extractor, data, device)
         self.real = measured.features  # on the process that leads
         self.distance = FrechetDistance(measured.mean, measured.covariance).to(home_of_doubles(device))
@@ -212,8 +211,8 @@ class Rows:
         if is_main():
             with locked(self.lock):
                 rows = self.read()
-                if kept := [row for row in rows if is_stale(row)]:
-                    write_json(file, [row for row in rows if row not in kept])
+                if stale := [row for row in rows if is_stale(row)]:
+                    write_json(file, [row for row in rows if row not in stale])
 
     def read(self) -> list[Row]:
         """Raises UserError for a file that is damaged."""
@@ -230,7 +229,8 @@ class Rows:
         """Puts a row beside those that are there now, in the place of what it replaces."""
         with locked(self.lock):
             rows = [old for old in self.read() if not replaces(row["provenance"], old["provenance"])]
-            write_json(self.file, [*rows, row])
+            # Version 0.1.0's come last: others are compared with the first row.
+            write_json(self.file, sorted([*rows, row], key=lambda row: "device" not in row["provenance"]))
 
     def write_table_and_curve(self) -> None:
         """<name>.md and, where there is more than a point, <name>.png."""

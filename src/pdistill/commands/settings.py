@@ -180,8 +180,10 @@ class Evaluate:
             whole("num_reference", self.num_reference, 2)
         if self.num_steps is not None and self.steps is not None:
             raise UserError(f"steps={self.steps} is the former name of num_steps={self.num_steps}: give one of them")
-        if self.extrapolate and self.metrics.extractor is not None:
-            whole("metrics.num_samples (with extrapolate=true)", self.metrics.num_samples, LEAST_EXTRAPOLATED)
+        if self.extrapolate and self.metrics.num_samples < LEAST_EXTRAPOLATED:
+            raise UserError(
+                f"metrics.num_samples={self.metrics.num_samples} must be at least {LEAST_EXTRAPOLATED} with extrapolate=true"
+            )
         if self.name is not None and (not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith(".")):
             raise UserError(f"name={self.name} must be one file name of letters, digits and . + - _, e.g. name=first")
         _ = self.step_counts, self.sampler_names, self.baseline_names
