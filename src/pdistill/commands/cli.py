@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 import pdistill
 from pdistill.commands import help as help_page
 from pdistill.commands import run_directory
+from pdistill.commands.settings import conf
 from pdistill.commands.steps_key import steps_is_a_key
 from pdistill.errors import Interrupted, UserError, first_line
 from pdistill.files import read_json, write_json
@@ -93,16 +94,10 @@ def run(command: str, subcommand: bool = False) -> None:
             composed()
         if failures:
             raise failures[0]
-        if sweep is not None:
+        if sweep is not None and command in ("train", "distill"):
             _finish_sweep(sweep)
     except (*USER_ERRORS, Interrupted) as error:
         _fail(error)
-
-
-def conf() -> Path:
-    """The configuration: in a wheel inside the package, in a checkout beside src/."""
-    inside = Path(pdistill.__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(pdistill.__file__).parents[2] / "conf"
 
 
 def _job(command: str) -> Callable[[DictConfig], float | None]:

@@ -32,8 +32,7 @@ def overview() -> str:
 
 def of_command(command: str, subcommand: bool) -> str:
     """What `pdistill <command> --help` and `python <command>.py --help` print."""
-    from pdistill.commands.cli import conf
-    from pdistill.commands.settings import SETTINGS
+    from pdistill.commands.settings import SETTINGS, conf
 
     program = f"pdistill {command}" if subcommand else f"python {command}.py"
     settings = SETTINGS[command]

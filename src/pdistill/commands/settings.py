@@ -6,11 +6,13 @@ conf/.
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+import pdistill
 from pdistill import registry
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
@@ -225,6 +227,12 @@ def register() -> None:
     """Makes the settings known to Hydra, as the schemas `<command>_settings` that conf/<command>.yaml begins with."""
     for command, settings in SETTINGS.items():
         ConfigStore.instance().store(f"{command}_settings", settings)
+
+
+def conf() -> Path:
+    """The configuration: in a wheel inside the package, in a checkout beside src/."""
+    inside = Path(pdistill.__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(pdistill.__file__).parents[2] / "conf"
 
 
 def settings_of(cfg: DictConfig) -> Any:

@@ -34,7 +34,10 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     supported.
     """
     folder = _folder(str(path), revision)
-    unet, scheduler = _component(folder, "unet", "config.json"), _component(folder, "scheduler", "scheduler_config.json")
+    unet, scheduler = (
+        _component(folder, "unet", "config.json"),
+        _component(folder, "scheduler", "scheduler_config.json"),
+    )
     config = _read(unet / "config.json")
     kept = _read(scheduler / "scheduler_config.json")
     _refuse_unsupported(folder, config, kept)
