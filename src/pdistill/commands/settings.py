@@ -12,7 +12,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-import pdistill
 from pdistill import registry
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
@@ -231,8 +230,8 @@ def register() -> None:
 
 def conf() -> Path:
     """The configuration: in a wheel inside the package, in a checkout beside src/."""
-    inside = Path(pdistill.__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(pdistill.__file__).parents[2] / "conf"
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parents[1] / "conf"
 
 
 def settings_of(cfg: DictConfig) -> Any:
