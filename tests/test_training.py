@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -138,6 +139,21 @@ def test_a_resumed_stage_is_the_same_to_the_byte(denoiser, tmp_path, kind, capsy
     assert weights(tmp_path / "undisturbed") == weights(tmp_path / "stopped")
     assert {p.name for p in (tmp_path / "stopped").iterdir()} == {"cost.json", "denoiser"}
     assert capsys.readouterr().err == ""
+
+
+def test_a_stage_stopped_after_its_last_update_only_saves(denoiser, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise Interrupted("killed")
+
+    monkeypatch.setattr(Denoiser, "save", killed)
+    with pytest.raises(Interrupted, match="killed"):
+        train(TeacherModule(denoiser, recipe()), tmp_path, checkpoint_every_n_updates=3)
+    monkeypatch.undo()
+    trained, seen = TeacherModule(new_denoiser(1), recipe()), Seen()
+    train(trained, tmp_path, callbacks=[seen])
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert not seen.images and cost["training_seconds"] > 0 and cost["training_images"] == 72
+    assert torch.equal(trained.denoiser.network.conv_in.weight, denoiser.network.conv_in.weight)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])

@@ -26,20 +26,21 @@ def bin_name(k: int) -> str:
 class PerUpdate(Callback):
     """Calls `on_update` after each update of the weights: with accumulated gradients, not after every batch."""
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts from the update that the checkpoint stood at."""
         self.last_update = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Calls `on_update` if the batch was the last of its update."""
         if trainer.global_step != self.last_update:
             self.last_update = trainer.global_step
-            self.on_update(trainer, module, trainer.global_step)
+            self.on_update(trainer, pl_module, trainer.global_step)
 
     @abstractmethod
-    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None: ...
+    def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
+        """After update `update`, counted from 1. Any: not all that a Trainer has is declared."""
 
 
 class TrainingLog(PerUpdate):
@@ -54,41 +55,41 @@ class TrainingLog(PerUpdate):
         self.prefix = prefix
         self.images_per_update = images_per_update
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts with empty sums."""
-        super().on_train_start(trainer, module)
-        self.edges = torch.tensor(LOGSNR_EDGES, device=module.device)
-        self.first_bad = torch.full((9,), torch.inf, device=module.device)  # update per bin, and for the gradient
-        self._reset(module)
+        super().on_train_start(trainer, pl_module)
+        self.edges = torch.tensor(LOGSNR_EDGES, device=pl_module.device)
+        self.first_bad = torch.full((9,), torch.inf, device=pl_module.device)  # update per bin, and for the gradient
+        self._reset(pl_module)
 
-    def _reset(self, module: LightningModule) -> None:
-        self.loss_sum, self.count = (torch.zeros(8, device=module.device) for _ in range(2))
+    def _reset(self, pl_module: LightningModule) -> None:
+        self.loss_sum, self.count = (torch.zeros(8, device=pl_module.device) for _ in range(2))
         self.updates, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds the batch's losses to the sums of their bins."""
         losses, logsnr = outputs["losses"], outputs["logsnr"]
         bins = torch.bucketize(logsnr.clamp(-20, 20).to(self.edges.dtype), self.edges)
         self.loss_sum.index_add_(0, bins, losses.float())
         self.count.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
-        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+    def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
         self.updates += 1
-        gradient = module.gradient_norm
-        if module.loss_scaler is not None:  # which looks for a scale that overflows seldom
+        gradient = pl_module.gradient_norm
+        if pl_module.loss_scaler is not None:  # which looks for a scale that overflows seldom
             gradient = torch.zeros_like(gradient)
         bad = torch.cat([self.loss_sum, gradient[None]]).isfinite().logical_not()
         self.first_bad = torch.where(bad, self.first_bad.clamp(max=update), self.first_bad)
         logs = update % trainer.log_every_n_steps == 0
-        if logs or (module.device.type == "cpu" and trainer.world_size == 1):
+        if logs or (pl_module.device.type == "cpu" and trainer.world_size == 1):
             self.refuse_nonfinite()
         if logs:
-            self._log(trainer, module, update)
+            self._log(trainer, pl_module, update)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the updates since the last line of the log, before anything is saved."""
         self.refuse_nonfinite()
 
@@ -104,20 +105,20 @@ class TrainingLog(PerUpdate):
             f"checkpoint is kept; lower the learning rate, or use another parameterization, weighting or precision"
         )
 
-    def _log(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+    def _log(self, trainer: Any, pl_module: Any, update: int) -> None:
         seconds = time.perf_counter() - self.since
         # (world, 2, 8) -> (2, 8): every process had other images, and the loss is that of all
         sums, counts = torch.tensor(processes.gather(torch.stack([self.loss_sum, self.count]).tolist())).sum(0)
         values = {
             "loss": sums.sum() / counts.sum(),
-            "gradient_norm": module.gradient_norm,
+            "gradient_norm": pl_module.gradient_norm,
             "learning_rate": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
             "images_per_second": self.updates * self.images_per_update / seconds,
         }
         values |= {f"loss_by_logsnr/{bin_name(k)}": sums[k] / counts[k] for k in range(8) if counts[k]}
         for logger in trainer.loggers:
             logger.log_metrics({f"{self.prefix}/{k}": float(v) for k, v in values.items()}, step=update)
-        self._reset(module)
+        self._reset(pl_module)
 
 
 class Cost(Callback):
@@ -126,12 +127,12 @@ class Cost(Callback):
     def __init__(self) -> None:
         self.spent: dict[str, float | None] = {"training_seconds": 0.0, "joules": 0.0}
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the clock and the meter."""
-        self.device, self.before = module.device, self.spent
-        self.clock, self.meter = time.perf_counter(), joules(module.device)
+        self.device, self.before = pl_module.device, self.spent
+        self.clock, self.meter = time.perf_counter(), joules(pl_module.device)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds up."""
         self.spent = self.state_dict()
 
@@ -141,13 +142,13 @@ class Cost(Callback):
         mine = None if meter is None or self.meter is None else meter - self.meter
         everyones = [self.before["joules"], *processes.gather(mine)]
         return {
-            "training_seconds": self.before["training_seconds"] + time.perf_counter() - self.clock,
+            "training_seconds": (self.before["training_seconds"] or 0) + time.perf_counter() - self.clock,
             "joules": None if None in everyones else sum(everyones),
         }
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
         """What was spent before."""
-        self.spent = state
+        self.spent = state_dict
 
 
 def joules(device: torch.device) -> float | None:
@@ -178,9 +179,9 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         self.signal: int | None = None
         self.handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals."""
-        super().on_train_start(trainer, module)
+        super().on_train_start(trainer, pl_module)
         self.asked_at, self.asks_at = (trainer.global_step, time.monotonic()), trainer.global_step + 1
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for s in self.handlers:
@@ -192,7 +193,7 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
             signal.raise_signal(number)
         self.signal = number
 
-    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+    def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
         due = update % self.every_n_updates == 0
         stop = self._asked_to_stop(trainer, update, meets=due or update == trainer.max_steps)
         if due or stop:
@@ -214,13 +215,13 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         self.asks_at = update + max(1, int(SECONDS_TO_STOP / seconds_per_update))
         return any(signalled for signalled, _ in opinions)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the signals back, and one that came since the last update to whom it is due."""
         self._give_back()
         if self.signal is not None:
             signal.raise_signal(self.signal)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the signals back."""
         self._give_back()
 
@@ -250,11 +251,11 @@ class MetricWhileTraining(PerUpdate):
         self.num_steps = num_steps
         self.every_n_updates = every_n_updates
 
-    def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
+    def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
         if update % self.every_n_updates == 0 and update < trainer.max_steps:
             start = time.perf_counter()
-            value = self.metric.measure(module.result.eval(), self.num_steps, module.device)
-            module.train()
+            value = self.metric.measure(pl_module.result.eval(), self.num_steps, pl_module.device)
+            pl_module.train()
             for log in (c for c in trainer.callbacks if isinstance(c, TrainingLog)):
                 log.since += time.perf_counter() - start  # images/s is of training
             for logger in trainer.loggers:

@@ -111,11 +111,11 @@ class Batching(Callback):
     told.
     """
 
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes how this run makes its updates."""
         checkpoint["pdistill"] = {"version": __version__, "batching": batching(trainer)}
 
-    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the counts right. Raises UserError for a checkpoint of 0.1.0, whose random keys were others."""
         noted = checkpoint.get("pdistill")
         if noted is None:

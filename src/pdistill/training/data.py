@@ -26,16 +26,18 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of uint8 images from the trainer's update on; step k's are those of every rank's k-th batch."""
-        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        start = self.trainer.global_step * accumulate  # 0, or where the checkpoint stood
+        trainer = self.trainer
+        assert trainer is not None  # Lightning attaches it
+        world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        start = trainer.global_step * accumulate  # 0, or where the checkpoint stood
         share = self.batch_size // (world * accumulate)
         return DataLoader(
-            self.data.batches(share, self.seed, self.stage, self.trainer.global_rank, world, start),
+            self.data.batches(share, self.seed, self.stage, trainer.global_rank, world, start),
             batch_size=None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_leave_signals_to_the_trainer,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

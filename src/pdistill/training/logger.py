@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
@@ -81,10 +81,10 @@ def _is_offline() -> bool:
 
 def _reason(error: Exception) -> str:
     """The error in one line; of a failed check of settings, which setting and why."""
-    details = getattr(error, "errors", None)  # pydantic's first line only counts them
-    if not callable(details):
+    if not hasattr(error, "errors"):
         return first_line(error)
-    return "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in details())
+    checks = cast(Any, error).errors()  # pydantic's, whose first line only counts them
+    return "; ".join(f"{'.'.join(map(str, check['loc']))}: {check['msg']}" for check in checks)
 
 
 def shortened(name: str, limit: int = MOST_CHARACTERS) -> str:
@@ -118,7 +118,7 @@ def log_stage(loggers: Sequence[Logger], stage: str, row: Mapping[str, Any], dir
     if not processes.is_main():
         return
     prefix = metric_prefix(stage)
-    scalars = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float)}
+    scalars = {f"{prefix}/{k}": float(v) for k, v in row.items() if isinstance(v, int | float)}
     for logger in loggers:
         with _telling(logger):
             logger.log_metrics(scalars)
@@ -149,7 +149,7 @@ def log_summary(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]], co
             import wandb
 
             with _telling(logger):
-                columns = [k for k in rows[-1] if k != "provenance"]
+                columns: list[Any] = [k for k in rows[-1] if k != "provenance"]
                 table = wandb.Table(columns=columns, data=[[row.get(k) for k in columns] for row in rows])
                 logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
                 logger.experiment.summary.update({"provenance": rows[0].get("provenance", {})})

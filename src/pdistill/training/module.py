@@ -79,11 +79,11 @@ class DenoisingModule(LightningModule):
         if condition is None or not self.recipe.label_dropout:
             return condition
         null = self.denoiser.null_condition(condition)
-        if not isinstance(condition, dict):
-            return self._hidden(condition, null)
-        return condition | {"label": self._hidden(condition["label"], null["label"])}
+        if isinstance(condition, dict) and isinstance(null, dict):
+            return condition | {"label": self._hidden(condition["label"], null["label"])}
+        return self._hidden(condition, null)
 
-    def _hidden(self, label: Tensor, null: Tensor) -> Tensor:
+    def _hidden(self, label: Any, null: Any) -> Tensor:
         return torch.where(torch.rand(len(label), device=label.device) < self.recipe.label_dropout, null, label)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -94,9 +94,9 @@ class DenoisingModule(LightningModule):
 
     def on_fit_start(self) -> None:
         if self.ema is not None:  # listed once: walking the modules takes a millisecond
-            self.averaged = list(self.ema.parameters()), list(self.denoiser.parameters())
+            self.averaged = tuple(self.ema.parameters()), tuple(self.denoiser.parameters())
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = self.recipe.optimizer(self.denoiser.parameters(), self.recipe.settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -31,7 +31,7 @@ class ProgressBar(LightningBar):
         """Shows it again."""
         self.enabled = True
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins at the update that the checkpoint stood at."""
         self.shown = trainer.global_step
         stream = usable_stream()
@@ -52,7 +52,7 @@ class ProgressBar(LightningBar):
             )
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the update, if the batch was its last."""
         if self.bar is None or trainer.global_step == self.shown:
@@ -61,16 +61,16 @@ class ProgressBar(LightningBar):
             self.bar.update(trainer.global_step - self.shown)
         self.shown = trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the bar on the screen."""
         if self.bar is not None:
             with self._unless_nobody_reads():
                 self.bar.close()
             self.bar = None
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Ends the line, so that the error has its own."""
-        self.on_train_end(trainer, module)
+        self.on_train_end(trainer, pl_module)
 
     @contextlib.contextmanager
     def _unless_nobody_reads(self) -> Iterator[None]:
