@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from pdistill.denoiser import Denoiser
 from pdistill.sampling import sample
+from pdistill.steps import Stage
 from pdistill.training.distillation import DistillationModule
+from pdistill.training.module import Recipe
+from pdistill.training.settings import Distillation, Training
 from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import snr_plus_one
 
@@ -86,17 +89,20 @@ def test_guidance_extrapolates_from_the_unlabelled_prediction(tiny):
 def test_the_share_of_hidden_labels(tiny):
     denoiser = tiny("v", num_classes=4)
     denoiser.null_label = 3
-    module = TeacherModule(denoiser, snr_plus_one, learning_rate=1e-3, label_dropout=0.25)
-    label = module.label_of({"label": torch.zeros(4000, dtype=torch.long)})
+    module = TeacherModule(denoiser, Recipe(Training(), snr_plus_one, label_dropout=0.25))
+    label = module.condition_of({"label": torch.zeros(4000, dtype=torch.long)})
     assert set(label.tolist()) == {0, 3} and 0.22 < (label == 3).float().mean() < 0.28
 
 
 def test_the_teacher_stays_frozen_and_out_of_the_checkpoint(tiny):
-    module = DistillationModule(tiny(), 4, snr_plus_one, updates=2, learning_rate=1e-3, dropout=0.1).train()
+    recipe = Recipe(Distillation(dropout=0.1), snr_plus_one)
+    module = DistillationModule(tiny(), Stage(1, 4, 0, 2, updates=2), recipe).train()
     assert module.student.training and not module.teacher.training
     assert not any(p.requires_grad for p in module.teacher.parameters())
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint["state_dict"] and all(k.startswith("denoiser.") for k in checkpoint["state_dict"])
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
     assert {m.p for m in module.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
     assert {m.p for m in module.teacher.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}

@@ -1,38 +1,132 @@
-"""Two processes keep one set of weights."""
+"""Two processes: one set of weights, one loss, one decision to stop."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+from test_training import Seen, new_denoiser, recipe, train, trainer
+
+from pdistill import processes
+from pdistill.training.teacher import TeacherModule
 
 SCRIPT = """
-import hashlib, sys, torch
-from lightning import Trainer
-from pdistill.dataset.batches import ImageDataModule
-from pdistill.dataset import digits
-from pdistill.denoiser import Denoiser
-from pdistill.training.distillation import DistillationModule
-from pdistill.network import unet
-from pdistill.parameterization import V
-from pdistill.schedule import CosineSchedule
-from pdistill.weighting import snr_plus_one
+import hashlib, json, os, signal, sys
+from functools import partial
+from pathlib import Path
 
-torch.manual_seed(int(__import__("os").environ.get("LOCAL_RANK", 0)))  # another start on each rank
-teacher = Denoiser(unet(8, 1, 1, 32, 64, [1], 1, []), V(), CosineSchedule())
-torch.nn.init.normal_(teacher.network.conv_out.weight)
-module = DistillationModule(teacher, 4, snr_plus_one, updates=5, learning_rate=1e-2, ema_decay=0.5)
-trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=5, max_epochs=-1, logger=False,
-                  enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False)
-trainer.fit(module, ImageDataModule(digits(), 8, seed=0, stage=1))
-digest = hashlib.sha256()
-for name, value in module.state_dict().items():
-    digest.update(value.numpy())
-open(f"{sys.argv[1]}/rank-{trainer.global_rank}", "w").write(digest.hexdigest())
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from test_training import STAGE, Numbered, StopAt, new_denoiser, recipe, settings
+
+from pdistill import processes
+from pdistill.errors import Interrupted, UserError
+from pdistill.training import callbacks
+from pdistill.training.data import ImageDataModule
+from pdistill.training.distillation import DistillationModule
+from pdistill.training.fit import fit, make_trainer, start_processes
+from pdistill.training.teacher import TeacherModule
+
+HOME = Path(sys.argv[1])
+TWO = partial(Trainer, accelerator="cpu", devices=2, strategy="ddp", log_every_n_steps=3)
+
+
+class Memory(Logger):
+    name = version = None
+    def __init__(self): self.logged = []
+    def log_hyperparams(self, *args, **kwargs): ...
+    def log_metrics(self, metrics, step=None): self.logged.append((step, metrics["teacher/loss"]))
+
+
+class Losses(Callback):
+    def __init__(self): self.losses = []
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx): self.losses += outputs["losses"].tolist()
+
+
+class BadShare(TeacherModule):
+    def training_step(self, batch, batch_idx):
+        outputs = super().training_step(batch, batch_idx)
+        if self.global_rank == 1 and int(batch["step"]) == 1:
+            outputs["losses"] = outputs["losses"] * torch.nan  # the gradients are as they were
+        return outputs
+
+
+def run(module, name, **changes):
+    data = ImageDataModule(Numbered(), 12, seed=0, stage=0)
+    fit(module, data, settings(HOME / name, trainer=TWO, **changes))
+
+
+def digest(module):
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in module.state_dict().values())).hexdigest()
+
+
+def outcome(error, module, name, **changes):
+    try:
+        run(module, name, **changes)
+    except error as caught:
+        return str(caught)
+
+
+start_processes(make_trainer(settings(HOME, trainer=TWO)))
+told = {"world": processes.world_size()}
+memory, losses, student = Memory(), Losses(), DistillationModule(new_denoiser(processes.rank()), STAGE, recipe())
+run(student, "whole", loggers=[memory], callbacks=[losses])
+told |= {"digest": digest(student), "logged": memory.logged, "losses": losses.losses}
+callbacks.SECONDS_TO_STOP = 1e-6
+only_one = [StopAt(2)] if processes.rank() == 1 else []
+teacher, bad = (kind(new_denoiser(processes.rank()), recipe()) for kind in (TeacherModule, BadShare))
+told["stopped"] = outcome(Interrupted, teacher, "stopped", callbacks=only_one)
+told["refused"] = outcome(UserError, bad, "bad")
+(HOME / f"rank-{processes.rank()}.json").write_text(json.dumps(told))
 """
 
 
-def test_ranks_stay_identical(tmp_path):
-    (tmp_path / "fit.py").write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    subprocess.run([sys.executable, "fit.py", str(tmp_path)], cwd=tmp_path, env=environment, check=True, timeout=120)
-    first, second = (path.read_text() for path in sorted(tmp_path.glob("rank-*")))
-    assert first == second
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Where the two processes have been."""
+    home = tmp_path_factory.mktemp("ddp")
+    (home / "fits.py").write_text(SCRIPT)
+    alone = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "fits.py", str(home)]
+    ended = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    return home
+
+
+@pytest.fixture(scope="module")
+def told(home) -> list[dict]:
+    return [json.loads((home / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_ranks_have_one_set_of_weights(told):
+    assert told[0]["world"] == told[1]["world"] == 2
+    assert told[0]["digest"] == told[1]["digest"]
+
+
+def test_the_logged_loss_is_that_of_all_ranks(told):
+    for k, step in enumerate((3, 6)):
+        both = [loss for rank in told for loss in rank["losses"][18 * k : 18 * (k + 1)]]  # 3 updates of 6 images each
+        assert told[0]["logged"][k] == told[1]["logged"][k] == pytest.approx([step, sum(both) / 36], rel=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_both_and_keeps_the_update(told, home):
+    assert told[0]["stopped"] == told[1]["stopped"] and "the same command continues" in told[0]["stopped"]
+    assert (home / "stopped" / "last.ckpt").exists()
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_stops_both(told):
+    assert told[0]["refused"] == told[1]["refused"] and "the loss is not finite at update 2" in told[0]["refused"]
+
+
+def test_one_device_goes_on_where_two_stopped(told, home, capsys):
+    assert processes.world_size() == 1
+    done = int(told[0]["stopped"].split("update ")[1].split(";")[0])
+    seen = Seen()
+    train(TeacherModule(new_denoiser(), recipe()), home / "stopped", trainer=trainer(3), callbacks=[seen])
+    assert seen.images == {k: list(range(12 * (k - 1), 12 * k)) for k in range(done + 1, 7)}
+    assert "devices 2 -> 1, accumulated batches 1 -> 3" in capsys.readouterr().err

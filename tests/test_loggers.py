@@ -1,17 +1,20 @@
 """What W&B is told, read back from an offline run's file with wandb's own record types."""
 
 import json
+import re
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import wandb
-from wandb_workspaces.reports.v2 import Report
+from lightning.pytorch.loggers import Logger
+from PIL import Image
 
-from pdistill import wandb_report
-from pdistill.errors import UserError
+from pdistill.errors import Interrupted, UserError
+from pdistill.training.logger import artifact_name, close, closing, log_stage, wandb_logger
 
 BLOCK = 32768  # the file is a LevelDB log: blocks of (crc, length, type) and content, a record over one or more
 
@@ -58,19 +61,90 @@ def test_wandb_offline(run, workplace):
     assert student["parent"] == "teacher" and student["provenance"]["num_steps"] == 2 and student["fid_classifier"] > 0
 
 
-def test_wandb_report(monkeypatch):
-    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda path: runs))
-    saved = []
-    monkeypatch.setattr(Report, "save", lambda report: saved.append(report))
-    monkeypatch.setattr(Report, "url", "https://wandb.example/report")
-    runs = [SimpleNamespace(summary={"teacher/fid": 2.0, "steps_0002/fid": 3.0, "steps_0002/loss": 0.1})]
-    assert wandb_report.main("us/digits") == "https://wandb.example/report"
-    (grid,) = saved[0].blocks
-    assert "summary:steps_0002/fid" in grid.runsets[0].visible_columns
-    assert [metric.name for metric in grid.panels[0].metrics] == ["teacher/fid", "steps_0002/fid"]
-    assert {"steps_0002/samples", "comparison"} <= set(grid.panels[3].media_keys)
-    runs.clear()
-    with pytest.raises(UserError, match="no run of us/digits has a figure"):
-        wandb_report.main("us/digits")
-    with pytest.raises(UserError, match="give the project"):
-        wandb_report.main("digits")
+@pytest.fixture
+def stage(tmp_path) -> Path:
+    """The directory of a finished stage, as far as a logger looks at it."""
+    (tmp_path / "denoiser").mkdir()
+    (tmp_path / "denoiser" / "denoiser.json").write_text("{}")
+    Image.new("L", (4, 4)).save(tmp_path / "samples.png")
+    return tmp_path
+
+
+def told(directory: Path) -> SimpleNamespace:
+    """What an offline run's file says: names of the run and of the artifacts, exit status."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = (directory / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline, parsed = time.monotonic() + 20, []
+    while not any(r.HasField("exit") for r in parsed) and time.monotonic() < deadline:  # W&B's own process writes it
+        time.sleep(0.1)
+        parsed = [wandb_internal_pb2.Record.FromString(content) for content in records(file)]
+    artifacts = [r.artifact.name or r.request.log_artifact.artifact.name for r in parsed]
+    return SimpleNamespace(
+        name=next(r.run.display_name for r in parsed if r.run.display_name),
+        artifacts=[name for name in artifacts if name and not name.startswith(("run-", "source-"))],
+        exit_code=next(r.exit.exit_code for r in parsed if r.HasField("exit")),
+        preempting=any(r.HasField("preempting") for r in parsed),
+    )
+
+
+@pytest.mark.parametrize("name", ["größe", "x" * 300, "ключ/" * 60, "plain"])
+def test_any_name_of_a_run_is_one_of_an_artifact(stage, name, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = wandb_logger(str(stage), name, "pdistill")
+    row = {"fid": 2.0, "parent": "teacher"}
+    log_stage([logger], "steps-0016", row, stage, name)
+    close([logger])
+    seen = told(stage)
+    assert len(seen.name) <= 128 and seen.exit_code == 0 and not seen.preempting
+    (artifact,) = seen.artifacts
+    assert re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", artifact) and artifact == artifact_name(name, "steps_0016")
+    assert name != "plain" or (seen.name, artifact) == ("plain", "plain-steps_0016")
+
+
+def test_artifacts_of_different_names_stay_apart():
+    names = [artifact_name(run, stage) for run in ("größe", "gräße", "x" * 200, "x" * 201) for stage in ("a", "b")]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("error", [UserError("no"), RuntimeError("a fault"), Interrupted("stopped")])
+def test_how_a_run_ended(stage, error, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = wandb_logger(str(stage), "ends", "pdistill")
+    with pytest.raises(type(error)), closing([logger]):
+        raise error
+    stopped = isinstance(error, Interrupted)
+    seen = told(stage)
+    assert (seen.exit_code, seen.preempting) == ((130, True) if stopped else (1, False))
+
+
+def test_what_wandb_does_not_accept_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "bogus")
+    wandb.teardown()
+    with pytest.raises(
+        UserError, match=r"refuses the key .*WANDB_API_KEY.*`wandb login`.*WANDB_MODE=offline"
+    ) as refused:
+        wandb_logger(str(tmp_path), "a", "pdistill")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY")
+    wandb.teardown()
+    for project in ("a/b", "", "x" * 129):
+        with pytest.raises(UserError, match=r"logger\.project="):
+            wandb_logger(str(tmp_path), "a", project)
+    with pytest.raises(UserError, match=r"W&B does not open a run \(.*[Tt]ag") as options:
+        wandb_logger(str(tmp_path), "a", "pdistill", tags=["x" * 100])
+    assert all("\n" not in str(caught.value) for caught in (refused, options))
+
+
+def test_a_server_that_has_gone_does_not_end_the_run(stage, capsys):
+    class Broken(Logger):
+        name = version = None
+
+        def log_hyperparams(self, *args, **kwargs): ...
+
+        def log_metrics(self, *args, **kwargs):
+            raise wandb.errors.CommError("no route to the server")
+
+    log_stage([Broken()], "teacher", {"fid": 1.0, "parent": None}, stage, "run")
+    assert "Broken did not take everything (no route to the server)" in capsys.readouterr().err

@@ -129,9 +129,7 @@ def test_failed_and_unfinished_jobs_are_listed(capsys, outputs):
         ]
         sweep.finish([sweep.Job.of_result(result) for result in results])
     out = capsys.readouterr().out
-    assert (
-        "|  | mine | 0 | 2.000 |" in out and "not finished" in out and r"seed=-1 must be \| 0" in out
-    )
+    assert "|  | mine | 0 | 2.000 |" in out and "not finished" in out and r"seed=-1 must be \| 0" in out
     assert len(list(outputs.glob("sweep-*/ablation.csv"))) == 2
 
 

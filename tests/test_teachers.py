@@ -75,7 +75,9 @@ def test_parity_with_diffusers_ddim(tmp_path, kind, clip):
         ours = sample(teacher, noise, num_steps, clip=clip)
         assert (ours - theirs).abs().max() < 1e-4 * (1 if clip else theirs.abs().max()), num_steps
     teacher.save(tmp_path / "ours", grid=4)
-    assert torch.equal(sample(Denoiser.load(tmp_path / "ours"), noise, 4, clip=clip), sample(teacher, noise, 4, clip=clip))
+    assert torch.equal(
+        sample(Denoiser.load(tmp_path / "ours"), noise, 4, clip=clip), sample(teacher, noise, 4, clip=clip)
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

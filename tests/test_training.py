@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -76,12 +77,16 @@ class Seen(Callback):
         self.images.setdefault(trainer.global_step + 1, []).extend(numbers)
 
 
-@pytest.fixture
-def denoiser() -> Denoiser:
-    torch.manual_seed(0)
+def new_denoiser(seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
     network = unet(8, 1, 1, 32, 64, [1], 1, [])
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
     return Denoiser(network, V(), CosineSchedule())
+
+
+@pytest.fixture
+def denoiser() -> Denoiser:
+    return new_denoiser()
 
 
 def momentum(parameters, settings):
@@ -240,6 +245,22 @@ def test_a_screen_that_nobody_reads_stops_nothing(denoiser, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stderr", screen)
     train(TeacherModule(denoiser, recipe()), tmp_path, progress_bar=True, updates=2)
     assert (tmp_path / "denoiser").exists()
+
+
+class InterruptWorkers(PerUpdate):
+    """What Ctrl-C does to the processes that make batches."""
+
+    def on_update(self, trainer, module, update):
+        if update == 1:
+            self.workers = multiprocessing.active_children()
+            for worker in self.workers:
+                os.kill(worker.pid, signal.SIGINT)
+
+
+def test_signals_do_not_end_the_processes_that_make_batches(denoiser, tmp_path):
+    data, interrupt = ImageDataModule(Numbered(), 12, seed=0, stage=0, num_workers=1), InterruptWorkers()
+    fit(TeacherModule(denoiser, recipe()), data, settings(tmp_path, callbacks=[interrupt]))
+    assert interrupt.workers and (tmp_path / "denoiser").exists()
 
 
 class Poison(Callback):

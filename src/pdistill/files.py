@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pdistill.errors import UserError
 
@@ -64,7 +64,7 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path, default: object = None) -> object:
+def read_json(path: Path, default: Any = None) -> Any:
     """The content of a JSON file; `default` where there is none. Raises UserError for one that is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -45,10 +45,10 @@ def unet(
         sample_size=image_size,
         in_channels=image_channels,
         out_channels=out_channels,
-        block_out_channels=[ch * m for m in ch_mult],
+        block_out_channels=tuple(ch * m for m in ch_mult),
         layers_per_block=num_res_blocks,
-        down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended],
-        up_block_types=["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)],
+        down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attended),
+        up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attended)),
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
@@ -67,9 +67,9 @@ def unet(
 
 def zero_initialise(network: UNet2DModel) -> None:
     """Every residual branch starts as the identity and the output as zero, as in the authors' code."""
-    layers = [network.conv_out]
+    layers: list[Any] = [network.conv_out]
     layers += [m.conv2 for m in network.modules() if isinstance(m, ResnetBlock2D)]
-    layers += [m.to_out[0] for m in network.modules() if isinstance(m, Attention)]
+    layers += [m.to_out[0] for m in network.modules() if isinstance(m, Attention) and m.to_out is not None]
     for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -109,7 +109,8 @@ def build(part: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
         arguments = {name: value for name, value in arguments.items() if name in taken}
     network = builder(**arguments)
     if not isinstance(network, UNet2DModel):
-        network.built_with = {"name": registry.name_of("network", builder), "arguments": arguments}
+        made: dict[str, Any] = {"name": registry.name_of("network", builder), "arguments": arguments}
+        object.__setattr__(network, "built_with", made)
     return network
 
 

@@ -32,7 +32,7 @@ def adamw(
     return torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,
-        betas=tuple(betas),
+        betas=(betas[0], betas[1]),
         eps=eps,
         weight_decay=settings.weight_decay,
         fused=True,

@@ -21,8 +21,9 @@ def _distributed() -> Any:
     import sys
 
     torch = sys.modules.get("torch")
-    there = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed if there else None
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed
 
 
 def rank() -> int:

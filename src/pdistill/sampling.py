@@ -150,7 +150,7 @@ def sample(
             x_hat = torch.lerp(denoiser(z, t, null), x_hat, guidance)
         return x_hat.clamp(-1, 1) if clip else x_hat
 
-    options = {"variance": variance} | ({} if callback is None else {"callback": callback})
+    options: dict[str, Any] = {"variance": variance} | ({} if callback is None else {"callback": callback})
     if step_noise is not None:
         options["step_noise"] = step_noise if callable(step_noise) else step_noise.__getitem__
     with torch.inference_mode():

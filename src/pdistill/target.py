@@ -1,6 +1,6 @@
 """What a student must predict, in closed form (paper, Section 3, Algorithm 2)."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from pdistill.schedule import logsnr_on_grid
 
 
 def distillation_target(
-    teacher: Callable[..., Tensor],
+    teacher: Any,
     z_t: Tensor,
     t: Tensor,
     num_steps: int,

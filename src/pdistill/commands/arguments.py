@@ -44,5 +44,7 @@ def run_as_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, OSError, Interrupted) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        of_file = isinstance(error, OSError) and error.filename is not None
+        text = f"{error.filename}: {error.strerror}" if of_file else first_line(error)  # type: ignore[union-attr]
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import difflib
 import importlib
 import math
 import os
@@ -23,12 +24,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import pdistill
+from pdistill import __version__
 from pdistill.commands import help as help_page
 from pdistill.commands import run_directory
+from pdistill.commands.settings import conf
 from pdistill.commands.steps_key import steps_is_a_key
 from pdistill.errors import Interrupted, UserError, first_line
 from pdistill.files import read_json, write_json
@@ -45,7 +47,7 @@ def main() -> None:
     _occupy_closed_streams()
     command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if command in ("--version", "-V"):
-        print(f"pdistill {pdistill.__version__}")
+        print(f"pdistill {__version__}")
     elif command in ("--help", "-h", "help"):
         print(help_page.overview())
     elif command in ("--shell-completion", "-sc"):
@@ -93,16 +95,10 @@ def run(command: str, subcommand: bool = False) -> None:
             composed()
         if failures:
             raise failures[0]
-        if sweep is not None:
+        if sweep is not None and command in ("train", "distill"):
             _finish_sweep(sweep)
     except (*USER_ERRORS, Interrupted) as error:
         _fail(error)
-
-
-def conf() -> Path:
-    """The configuration: in a wheel inside the package, in a checkout beside src/."""
-    inside = Path(pdistill.__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(pdistill.__file__).parents[2] / "conf"
 
 
 def _job(command: str) -> Callable[[DictConfig], float | None]:
@@ -157,8 +153,8 @@ def _results(cfg: DictConfig) -> Path:
 def _sweep_job(command: str, cfg: DictConfig, program: list[str]) -> float | None:
     """One job of a sweep, in this process or a launcher's; leaves its result for the table."""
     hydra_cfg, overrides = HydraConfig.get(), list(HydraConfig.get().overrides.task)
-    params = OmegaConf.to_container(hydra_cfg.sweeper.params) if hydra_cfg.sweeper.get("params") else {}
-    os.environ[run_directory.SWEPT] = " ".join({*os.environ.get(run_directory.SWEPT, "").split(), *map(str, params)})
+    params = list(map(str, hydra_cfg.sweeper.get("params") or {}))
+    os.environ[run_directory.SWEPT] = " ".join({*os.environ.get(run_directory.SWEPT, "").split(), *params})
     typed = run_directory.typed_overrides(overrides)
     if "name" in typed and cfg.get("name"):
         cfg.name = run_directory.sweep_name(typed["name"], overrides)
@@ -267,22 +263,30 @@ def _chain(error: BaseException | None) -> list[Any]:
 
 def _hydras(error: BaseException, cause: BaseException) -> str:
     """Hydra's and OmegaConf's complaints, in the words of the others."""
-    texts = [str(e) for e in _chain(error)]
-    for text in texts:
-        if m := re.search(r"Value '(.*?)' of type '(\w+)' could not be converted to (\w+)", text):
-            wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(m[3], m[3])
-            key = next((k[1] for t in texts if (k := re.search(r"full_key: (\S+)", t))), "the value")
-            return f"{key}={m[1]} must be {wanted}"
-        if "Non optional field cannot be assigned None" in text or "not Optional" in text:
-            key = next((k[1] for t in texts if (k := re.search(r"full_key: (\S+)", t))), "the value")
-            return f"{key}=null must have a value"
-        if m := re.search(r"Error merging override (\S+)", text):
-            inner = next((t.splitlines()[0] for t in texts if "Error merging" not in t), "")
-            if not re.search(r"could not be converted|cannot be assigned None", " ".join(texts)):
-                return f"{m[1]}: {inner}"
+    text = "\n".join(str(e) for e in _chain(error))
+    found = re.search(r"full_key: (\S+)", text)
+    key = found[1] if found else "the value"
+    if m := re.search(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", text):
+        wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(m[2], m[2])
+        return f"{key}={m[1]} must be {wanted}"
+    if "Non optional field cannot be assigned None" in text or "is not Optional" in text:
+        return f"{key}=null must have a value"
+    if m := re.search(r"Error merging override (\S+)", text):
+        if "is not a ListConfig" in text:
+            return f"{m[1]} must be a list, e.g. {m[1].partition('=')[0]}=[4,2,1]"
+    if m := re.search(r"Could not override '(\S+?)'|Key '\w+' (?:is )?not in '\w+'\s+full_key: (\S+)", text):
+        return _unknown_key(m[1] or m[2])
     if isinstance(cause, ValueError | TypeError):
         return str(cause)
-    return str(error).split("Config search path")[0]
+    return re.sub(r"^In '.*?': ", "", str(error)).split("Config search path")[0]
+
+
+def _unknown_key(key: str) -> str:
+    from pdistill.commands.settings import SETTINGS
+
+    known = {name for settings in SETTINGS.values() for name in help_page.keys_of(settings)}
+    near = difflib.get_close_matches(key.lstrip("+"), known, 1)
+    return f"there is no key {key}{f', did you mean {near[0]}?' if near else ''} (--help lists them)"
 
 
 def _needs_quotes(error: OverrideParseException) -> str:

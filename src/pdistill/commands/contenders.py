@@ -144,7 +144,8 @@ def dataset_of_run(run: Path) -> ImageSet:
 
     Nothing is imported because the file says so: the dataset must be built in or registered.
     """
-    config: dict[str, Any] = OmegaConf.to_container(run_directory.config_of(run)).get("dataset") or {}
+    whole: Any = OmegaConf.to_container(run_directory.config_of(run))
+    config: dict[str, Any] = whole.get("dataset") or {}
     target = config.get("_target_")
     part = _known_datasets().get(FORMER_TARGETS.get(target, target))
     if part is None:

@@ -7,7 +7,7 @@ import textwrap
 from itertools import pairwise
 from typing import Any
 
-import pdistill
+from pdistill import __version__
 
 COMMANDS = {
     "train": "train a teacher",
@@ -23,7 +23,7 @@ def overview() -> str:
     """What `pdistill --help` prints."""
     lines = [f"  {command:<10}{about}" for command, about in COMMANDS.items()]
     return (
-        f"pdistill {pdistill.__version__}: {(pdistill.__doc__ or '').splitlines()[0]}\n\n"
+        f"pdistill {__version__}: progressive distillation of diffusion models\n\n"
         "usage: pdistill <command> [group=choice] [key=value] [-m]\n\n" + "\n".join(lines) + "\n\n"
         "`pdistill <command> --help` lists its groups and keys. -m runs every combination of key=a,b.\n"
         'Completion in bash: eval "$(pdistill --shell-completion install=bash)"'
@@ -32,8 +32,7 @@ def overview() -> str:
 
 def of_command(command: str, subcommand: bool) -> str:
     """What `pdistill <command> --help` and `python <command>.py --help` print."""
-    from pdistill.commands.cli import conf
-    from pdistill.commands.settings import SETTINGS
+    from pdistill.commands.settings import SETTINGS, conf
 
     program = f"pdistill {command}" if subcommand else f"python {command}.py"
     settings = SETTINGS[command]
@@ -68,6 +67,15 @@ def _keys(settings: type, prefix: str, groups: set[str]) -> list[str]:
             )
             lines += textwrap.wrap(docs.get(field.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
+
+
+def keys_of(settings: type, prefix: str = "") -> list[str]:
+    """The dotted keys of a command."""
+    keys = []
+    for field in dataclasses.fields(settings):
+        nested = field.default_factory if isinstance(field.default_factory, type) else None
+        keys += keys_of(nested, f"{field.name}.") if dataclasses.is_dataclass(nested) else [prefix + field.name]
+    return keys
 
 
 def field_docs(settings: type) -> dict[str, str]:

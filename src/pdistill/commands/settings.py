@@ -6,6 +6,7 @@ conf/.
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -225,6 +226,12 @@ def register() -> None:
     """Makes the settings known to Hydra, as the schemas `<command>_settings` that conf/<command>.yaml begins with."""
     for command, settings in SETTINGS.items():
         ConfigStore.instance().store(f"{command}_settings", settings)
+
+
+def conf() -> Path:
+    """The configuration: in a wheel inside the package, in a checkout beside src/."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parents[1] / "conf"
 
 
 def settings_of(cfg: DictConfig) -> Any:

@@ -34,7 +34,7 @@ def write_unet(denoiser: "Denoiser", weights: dict[str, Tensor], grid: int, dire
     The pipeline's network has a learned embedding of `grid` times, whose rows are the sinusoidal embeddings of the
     timesteps at t = 1/grid, ..., 1; everything else is the continuous-time network's.
     """
-    network = denoiser.network
+    network: Any = denoiser.network
     t = torch.arange(1, grid + 1, dtype=torch.float64) / grid
     timesteps = denoiser.schedule.timestep(t).float().to(network.device)
     weights = weights | {"time_proj.weight": network.time_proj(timesteps).cpu()}
@@ -59,7 +59,7 @@ def read_unet(directory: Path) -> UNet2DModel:
     config = json.loads((directory / "unet" / "config.json").read_text())
     weights = load_file(directory / "unet" / UNET_WEIGHTS)
     del weights["time_proj.weight"]
-    network = UNet2DModel.from_config(config | {"time_embedding_type": "positional", "num_train_timesteps": None})
+    network: Any = UNet2DModel.from_config(config | {"time_embedding_type": "positional", "num_train_timesteps": None})
     network.load_state_dict(weights)
     return network
 
@@ -77,7 +77,7 @@ def _scheduler(denoiser: "Denoiser", num_steps: int) -> DPMSolverMultistepSchedu
     return DPMSolverMultistepScheduler(
         num_train_timesteps=num_steps,
         trained_betas=betas(denoiser.schedule, num_steps),
-        prediction_type=PREDICTION_TYPES[denoiser.parameterization.name],
+        prediction_type=PREDICTION_TYPES[denoiser.parameterization.name],  # type: ignore[arg-type]
         solver_order=1,
         algorithm_type="dpmsolver++",
         timestep_spacing="trailing",
@@ -167,7 +167,7 @@ class Pipeline:
         for start in range(0, len(indices), draw.batch_size):
             batch = indices[start : start + draw.batch_size]
             try:
-                images = self.pipeline(
+                images = self.pipeline(  # type: ignore[operator]
                     batch_size=len(batch),
                     generator=[generator("pipeline", draw.seed, i) for i in batch],
                     num_inference_steps=draw.num_steps,

@@ -62,7 +62,7 @@ def load_official_checkpoint(path: str | Path, image_size: int | None = None) ->
     """
     path = Path(path)
     content = _decode(path)
-    arrays = dict(_flatten(content.get("ema_params")))
+    arrays = dict(_flatten(content["ema_params"]))
     try:
         architecture = infer_architecture(arrays)
         levels = len(architecture["ch_mult"])
@@ -189,7 +189,9 @@ def _torch_name(path: str, levels: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pdistill.interop.flax", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pdistill.interop.flax", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("checkpoint", help="one of the authors' files, e.g. cifar_8")
     parser.add_argument("directory", help="the denoiser directory to write")
     parser.add_argument("--image-size", type=int, help="where it is not that of a released model")

@@ -21,20 +21,23 @@ from pdistill.schedule import BetaSchedule, FlowSchedule, Schedule
 
 PREDICTIONS = {"epsilon": Eps, "sample": X, "v_prediction": V}
 SUPPORTED = (
-    "a UNet2DModel (unconditional or with class labels) with a scheduler of betas (DDPM, DDIM, PNDM, DPM-Solver, UniPC, "
-    "DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler"
+    "a UNet2DModel (unconditional or with class labels) with a scheduler of betas (DDPM, DDIM, PNDM, DPM-Solver, "
+    "UniPC, DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler"
 )
 
 
 def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_label: int | None = None) -> Denoiser:
     """The continuous-time denoiser of a diffusers folder, or of a model on the hub, in eval mode, float32.
 
-    It keeps its own noise schedule and the timesteps that it was trained with. `null_label` is the class that stands for
-    none, where it was trained so. Learned variances are dropped. Raises UserError for what is missing, damaged or not
-    supported.
+    It keeps its own noise schedule and the timesteps that it was trained with. `null_label` is the class that stands
+    for none, where it was trained so. Learned variances are dropped. Raises UserError for what is missing, damaged or
+    not supported.
     """
     folder = _folder(str(path), revision)
-    unet, scheduler = _component(folder, "unet", "config.json"), _component(folder, "scheduler", "scheduler_config.json")
+    unet, scheduler = (
+        _component(folder, "unet", "config.json"),
+        _component(folder, "scheduler", "scheduler_config.json"),
+    )
     config = _read(unet / "config.json")
     kept = _read(scheduler / "scheduler_config.json")
     _refuse_unsupported(folder, config, kept)
@@ -156,7 +159,7 @@ def _drop_learned_variance(folder: Path, network: UNet2DModel, scheduler: dict[s
     if out != 2 * channels or scheduler.get("variance_type") not in ("learned", "learned_range"):
         raise UserError(f"{folder} gives {out} channels for {channels}: neither a prediction nor one with its variance")
     with torch.no_grad():
-        conv = nn.Conv2d(network.conv_out.in_channels, channels, network.conv_out.kernel_size, padding=1)
+        conv = nn.Conv2d(network.conv_out.in_channels, channels, 3, padding=1)
         conv.weight.copy_(network.conv_out.weight[:channels])
         conv.bias.copy_(network.conv_out.bias[:channels])  # type: ignore[union-attr,arg-type]
     network.conv_out = conv

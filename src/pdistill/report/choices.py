@@ -124,7 +124,8 @@ class Made:
 def tell_apart(runs: Sequence[Made]) -> list[dict[str, str]]:
     """Of each run the names of its parts, and the keys that differ; keys that follow from a choice are left out."""
     if all(run.choices for run in runs):
-        names = [{k: v for k, v in (run.choices or {}).items() if k not in BY_THEIR_KEYS} for run in runs]
+        known = [{k: v for k, v in run.derived.items() if k in ALWAYS} | (run.choices or {}) for run in runs]
+        names = [{k: v for k, v in of_run.items() if k not in BY_THEIR_KEYS} for of_run in known]
     else:  # alike for all, so that a name kept here and derived there is no difference
         names = [run.derived | {k: v for k, v in (run.choices or {}).items() if k in ALWAYS} for run in runs]
     keys, differing = [run.keys for run in runs], []

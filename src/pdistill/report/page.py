@@ -2,7 +2,6 @@
 
 import base64
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -117,7 +116,7 @@ def _together(directories: list[Path], names: list[str]) -> tuple[str | None, st
     return (plots.svg(plots.draw(curves, key)) if plots.drawable(curves) else None), None
 
 
-def _students(rows: list[dict], key: str) -> Mapping[int, list[float]]:
+def _students(rows: list[dict], key: str) -> dict[int, list[float]]:
     values = {row["num_steps"]: finite(row.get(key)) for row in rows if row["stage"] != "teacher"}
     return {n: [value] for n, value in values.items() if value is not None}
 

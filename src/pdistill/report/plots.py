@@ -8,9 +8,12 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from pdistill.files import whole
 from pdistill.metrics.curve import Curves
+
+LEGEND = 90  # characters that fit beside each other
 
 
 def drawable(curves: Curves) -> Curves:
@@ -36,13 +39,17 @@ def draw(curves: Curves, metric: str) -> Figure:
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log" if curves else "linear")
+    if curves:
+        axis.yaxis.set_major_formatter(LogFormatter())  # 4, not 4 x 10^0
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     ticks = sorted({n for points in curves.values() for n in points})
     axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.set_xlabel("network evaluations per image")
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3, which="both")
     if curves:
-        figure.legend(loc="outside upper center", ncols=min(3, len(curves)), fontsize="small", frameon=False)
+        columns = max(1, min(3, len(curves), LEGEND // (max(map(len, curves)) + 6)))
+        figure.legend(loc="outside upper center", ncols=columns, fontsize="small", frameon=False)
     return figure
 
 

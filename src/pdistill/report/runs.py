@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.metrics.curve import STUDENTS, Curves, teacher_points
+from pdistill.metrics.provenance import fingerprint_at
 
 KEY_OF_WEIGHTS = "denoiser_fingerprint"  # in a provenance since 0.2.0
 
@@ -125,18 +126,10 @@ def evaluation_of(directory: Path) -> list[dict]:
     return rows if any(row["provenance"].get("num_steps") for row in rows) else []
 
 
-def _fingerprints(directory: Path) -> set[str]:
-    """Hashes of the weights of the run's denoisers; as they describe themselves where a part is not known here."""
-    from pdistill.storage import fingerprint_of  # diffusers, which a page without an evaluation need not wait for
-
-    found = set()
+def _fingerprints(directory: Path) -> set[str | None]:
+    """Hashes of the weights of the run's denoisers, None among them where one cannot be loaded."""
     denoisers = [directory / row["stage"] / "denoiser" for row in rows_of(directory)]
-    for denoiser in tqdm([d for d in denoisers if d.is_dir()], f"weights of {directory.name}", leave=False, delay=1):
-        try:
-            found.add(fingerprint_of(denoiser))
-        except UserError:
-            found.add(_object(denoiser / "denoiser.json").get("fingerprint") or "")
-    return found - {""}
+    return {fingerprint_at(d) for d in tqdm(denoisers, f"weights of {directory.name}", leave=False, delay=1)}
 
 
 def _object(path: Path) -> dict:

@@ -105,7 +105,9 @@ def cost(rows: list[dict]) -> Words:
         for row in rows
         if finite(row.get("training_seconds")) is not None
     ]
-    return ["stage", "updates", "images", "minutes", "kJ"], lines
+    headings = ["stage", "updates", "images", "minutes", "kJ"]
+    known = [k for k in range(len(headings)) if any(line[k] for line in lines)]
+    return [headings[k] for k in known], [[line[k] for k in known] for line in lines]
 
 
 def provenance(rows: list[dict]) -> dict[str, str]:
@@ -175,7 +177,7 @@ def _reservations(first: dict, made_with: dict) -> list[str]:
     """What is to be said of a row beside the first one."""
     if made_with["label"] == REAL:  # nothing was sampled: only the extractor and the reference matter
         ours, theirs = ({k: p.get(k) for k in OF_THE_REFERENCE} for p in (first, made_with))
-        other = comparable(ours, theirs)
+        other = comparable(dict(ours), dict(theirs))
     else:
         other = comparable(first, made_with)
     reasons = [f"measured otherwise: {'; '.join(other)}"] if other else []

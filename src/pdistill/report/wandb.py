@@ -45,7 +45,7 @@ def stages_of(summary: dict[str, Any]) -> list[dict]:
         if name and (prefix == "teacher" or prefix.startswith("steps_")):
             stages.setdefault(prefix.replace("_", "-"), {})[name] = value
     made_with = {"provenance": dict(summary["provenance"])} if summary.get("provenance") else {}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": stage} | row | {"num_steps": int(row["num_steps"])} | made_with
         for stage, row in stages.items()
         if finite(row.get("num_steps"))
@@ -73,8 +73,8 @@ def build(project: Project, metrics: list[str]) -> Any:
         wr.MediaBrowser(title="Samples", media_keys=[*(f"{prefix}/samples" for prefix in prefixes), "comparison"]),
     ]
     entity, _, name = project.path.partition("/")
-    runs = wr.Runset(entity=entity, project=name, name="runs", lock_columns=True, **table)
-    return wr.Report(
+    runs = wr.interface.Runset(entity=entity, project=name, name="runs", lock_columns=True, **table)
+    return wr.interface.Report(
         entity=entity,
         project=name,
         title="Progressive distillation",

@@ -194,18 +194,18 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
 
     def on_update(self, trainer: Trainer, module: LightningModule, update: int) -> None:
         due = update % self.every_n_updates == 0
-        stop = self._asked_to_stop(trainer, update)
+        stop = self._asked_to_stop(trainer, update, meets=due or update == trainer.max_steps)
         if due or stop:
             self.monitor.refuse_nonfinite()
             trainer.save_checkpoint(self.path)
         if stop:
             raise Interrupted(f"stopped at update {update}; the same command continues from there")
 
-    def _asked_to_stop(self, trainer: Trainer, update: int) -> bool:
+    def _asked_to_stop(self, trainer: Trainer, update: int, meets: bool) -> bool:
         """Whether any process got a signal; asking costs an exchange, so that it is done at the main process's pace."""
         if trainer.world_size == 1:
             return self.signal is not None
-        if update < self.asks_at:
+        if update < self.asks_at and not meets:
             return False
         before, then = self.asked_at
         self.asked_at = update, time.monotonic()
@@ -215,14 +215,19 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         return any(signalled for signalled, _ in opinions)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Gives the signals back."""
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-        self.handlers = {}
+        """Gives the signals back, and one that came since the last update to whom it is due."""
+        self._give_back()
+        if self.signal is not None:
+            signal.raise_signal(self.signal)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """Gives the signals back."""
-        self.on_train_end(trainer, module)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        self.handlers = {}
 
 
 class Measure(Protocol):

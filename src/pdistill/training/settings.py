@@ -1,6 +1,7 @@
 """Settings of training and distillation, checked when they are made; no torch, so that composing stays quick."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdistill.errors import UserError
@@ -92,7 +93,8 @@ class Steps:
     """Of the last two stages, as in the paper."""
 
     def __post_init__(self) -> None:
-        if len(self.plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in self.plan):
+        counts = list(self.plan) if isinstance(self.plan, Sequence) and not isinstance(self.plan, str) else []
+        if len(counts) < 2 or not all(type(n) is int and n >= 1 for n in counts):
             raise UserError(
                 f"steps.plan={self.plan} must list at least two whole step counts, e.g. steps.plan=[32,16,8]"
             )
