@@ -79,8 +79,9 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
     if not steps:
         raise UserError(f"denoiser={path} is made for no step count of its own: give num_steps=[...]")
     if is_pipeline(path):
+        pipeline: Any = load(str(path))
         for n in steps:
-            load(str(path)).check_steps(n)
+            pipeline.check_steps(n)
         found += [Contender(f"{path.name}, own scheduler", str(path), "own", n) for n in steps]
     elif not students:
         own = "teacher" if path.parent.name == "teacher" else "denoiser"
@@ -146,7 +147,7 @@ def dataset_of_run(run: Path) -> ImageSet:
     """
     whole: Any = OmegaConf.to_container(run_directory.config_of(run))
     config: dict[str, Any] = whole.get("dataset") or {}
-    target = config.get("_target_")
+    target = str(config.get("_target_"))
     part = _known_datasets().get(FORMER_TARGETS.get(target, target))
     if part is None:
         raise UserError(

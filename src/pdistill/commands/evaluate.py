@@ -115,7 +115,7 @@ class Evaluation:
         self.settings, self.data, self.device = settings, data, device
         self.extractor = build(made(settings.metrics.extractor), data, device).to(device)
         measured = reference(self.extractor, data, device)
-        self.real = measured.features  # on the process that leads
+        self.features = measured.features
         self.distance = FrechetDistance(measured.mean, measured.covariance).to(home_of_doubles(device))
         if is_main() and settings.metrics.num_samples <= len(measured.mean):
             print(
@@ -137,6 +137,11 @@ class Evaluation:
             made_with |= {"denoiser": c.path, "label": c.label}
             found.append((made_with, functools.partial(self.metrics, model, c)))
         return found
+
+    def _real(self) -> Tensor:
+        """Features of real images (N, num_features), on the process that leads."""
+        assert self.features is not None
+        return self.features
 
     @property
     def _half(self) -> int:
@@ -162,7 +167,7 @@ class Evaluation:
         model.to(self.device)
         features = in_order(together(lambda: self._features(model, contender)))
         model.to("cpu")
-        return self._on_main(lambda: self._measures(torch.cat(features), self.real, self.distance))
+        return self._on_main(lambda: self._measures(torch.cat(features), self._real(), self.distance))
 
     @torch.inference_mode()
     def _features(self, model: Model, contender: Contender) -> list[Tensor]:
@@ -181,8 +186,9 @@ class Evaluation:
         """
 
         def between_halves() -> Row:
-            order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(self.settings.seed))
-            half, other = self.real[order[: self._half]], self.real[order[self._half :]]
+            real = self._real()
+            order = torch.randperm(len(real), generator=torch.Generator().manual_seed(self.settings.seed))
+            half, other = real[order[: self._half]], real[order[self._half :]]
             distance = FrechetDistance(*moments(other.to(self.device)))
             return self._measures(half, other, distance)
 

@@ -95,8 +95,8 @@ def is_pipeline(path: Path) -> bool:
 class Pipeline:
     """An unconditional pipeline (DDPMPipeline, DDIMPipeline, ...) sampled by its own scheduler."""
 
-    def __init__(self, pipeline: diffusers.DiffusionPipeline, path: str) -> None:
-        """`path` is what errors call it."""
+    def __init__(self, pipeline: Any, path: str) -> None:
+        """Of a diffusers pipeline; `path` is what errors call it."""
         self.pipeline, self.path = pipeline, path
         pipeline.set_progress_bar_config(disable=True)
 

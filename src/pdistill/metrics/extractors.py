@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def _check_features(extractor: nn.Module, data: ImageSet) -> None:
     if not features.isfinite().all():
         raise UserError(f"the extractor {extractor.name} gives features that are not finite (NaN or infinite)")
     if expected is None:
-        extractor.num_features = features.shape[1]
+        object.__setattr__(extractor, "num_features", features.shape[1])
 
 
 def metric_name(metric: str, extractor: nn.Module) -> str:
@@ -101,7 +102,7 @@ def fingerprint_of(extractor: nn.Module) -> str:
 def _parameters_fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in module.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -204,7 +205,8 @@ class _Training:
 
     def run(self, updates: int, device: torch.device) -> dict[str, Tensor]:
         """The weights after so many updates, on the CPU."""
-        classifier = self.classifier.to(device).train()
+        classifier, labels_of_all = self.classifier.to(device).train(), self.data.labels
+        assert labels_of_all is not None
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.learning_rate)
         done = self._resume()
         title = f"training the classifier of {self.data.name}"
@@ -213,7 +215,7 @@ class _Training:
             for update in range(done, updates):
                 random = generator("classifier", update)
                 index = torch.randint(len(self.data.images), (self.batch_size,), generator=random)
-                images, labels = self.data.images[index].to(device), self.data.labels[index].to(device)
+                images, labels = self.data.images[index].to(device), labels_of_all[index].to(device)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate * (1 - update / updates)
                 loss = F.cross_entropy(classifier.head(classifier(images)), labels)
@@ -238,13 +240,15 @@ class _Training:
         tensors = _load(self.path)
         if tensors is None:
             return 0
+        done = 0
         with torch.no_grad():
             for name, parameter in self.classifier.named_parameters():
                 parameter.copy_(tensors[f"weights {name}"])
                 state = {key: tensors[f"{key} {name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
                 moved = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
                 self.optimizer.state[parameter] = moved | {"step": state["step"]}
-        return int(state["step"])
+                done = int(state["step"])
+        return done
 
 
 class Inception(nn.Module):
@@ -265,7 +269,9 @@ class Inception(nn.Module):
         try:
             if file.exists() or weights:
                 _check_digest(file)
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights and str(file), antialias=False)
+            self.network: Any = NoTrainInceptionV3(
+                "inception-v3-compat", ["2048"], weights and str(file), antialias=False
+            )
         except OSError as error:  # of which the failures of a download are
             raise UserError(
                 f"Inception's weights are not available ({type(error).__name__}: {first_line(error)}): go online "
@@ -276,7 +282,8 @@ class Inception(nn.Module):
         return self.network(images.expand(-1, 3, -1, -1))
 
     def logits(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.network.fc.weight)  # without the bias, as in the published Inception score
+        weight: Any = self.network.fc.weight
+        return F.linear(features, weight)  # without the bias, as in the published Inception score
 
     @property
     def fingerprint(self) -> str:

@@ -69,7 +69,7 @@ def precision_in_force(device: "torch.device | str") -> str:
     if torch.is_autocast_enabled(kind):
         return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
     name = str(torch.get_default_dtype()).removeprefix("torch.")
-    backends = torch.backends
+    backends: Any = torch.backends  # whose submodules type checkers do not know
     operations = {
         "cuda": {"matrix products": backends.cuda.matmul, "convolutions": backends.cudnn.conv},
         "cpu": {"matrix products": backends.mkldnn.matmul, "convolutions": backends.mkldnn.conv},
@@ -111,13 +111,15 @@ def replaces(new: Provenance, old: Provenance) -> bool:
 def is_stale(row: dict[str, Any]) -> bool:
     """Whether other weights lie now where the row's were; never for rows of none, or where nothing lies any more."""
     made_with = row.get("provenance", {})
-    path = made_with.get("denoiser")
-    now = None if path is None else fingerprint_at(Path(path))
+    if made_with.get("denoiser") is None:
+        return False
+    path = Path(made_with["denoiser"])
+    now = fingerprint_at(path)
     if now is None:
         return False
     if "denoiser_fingerprint" in made_with:
         return made_with["denoiser_fingerprint"] != now
-    return _claimed(Path(path)) is not None  # version 0.1.0 measured no weights that a later one wrote
+    return _claimed(path) is not None  # version 0.1.0 measured no weights that a later one wrote
 
 
 def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

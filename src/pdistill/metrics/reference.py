@@ -63,7 +63,7 @@ def reference(
 
 
 def _path(extractor: nn.Module, data: ImageSet) -> Path:
-    key = digest_of([data.fingerprint, extractor.name, fingerprint_of(extractor)])
+    key = digest_of([data.fingerprint, str(extractor.name), fingerprint_of(extractor)])
     return cache_directory() / f"reference-3-{extractor.name}-{key}.safetensors"
 
 
@@ -94,8 +94,9 @@ def _measure(extractor: nn.Module, data: ImageSet, device: torch.device | str) -
         total += centred.sum(0)
         square += centred.T @ centred
     sums = gather((total.cpu(), square.cpu()))
-    n, shift = len(data.images), sum(s for s, _ in sums) / len(data.images)
-    covariance = (sum(s for _, s in sums) - n * shift[:, None] * shift) / (n - 1)
+    total, square = (torch.stack(of_ranks).sum(0) for of_ranks in zip(*sums, strict=True))
+    n, shift = len(data.images), total / len(data.images)
+    covariance = (square - n * shift[:, None] * shift) / (n - 1)
     if not covariance.isfinite().all():
         raise UserError(f"{extractor.name} gives features of {data.name} that are not finite (NaN or infinite)")
     kept = in_order(kept)
