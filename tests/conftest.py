@@ -1,6 +1,7 @@
 """Shared by the tests: a command line in a scratch directory, and one finished smoke run."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,30 @@ def smoke(run, workplace) -> Path:
     status, _, err = run("distill.py", "experiment=smoke")
     assert status == 0, err
     return workplace / "outputs" / "smoke"
+
+
+@pytest.fixture
+def told(workplace, monkeypatch, capfd):
+    """told("train.py", "sede=1") -> (exit status, stderr), in this process: for what ends before any work starts."""
+    from pdistill.commands import cli
+
+    def told(script: str, *overrides: str) -> tuple[int, str]:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *overrides])
+        capfd.readouterr()
+        try:
+            cli.run(script.removesuffix(".py"))
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return status, capfd.readouterr().err
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PDISTILL_CACHE", str(workplace / "cache"))
+    return told
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from pdistill.commands.checks import accumulated_batches
 
 from pdistill.commands.sweep import PAPER_CIFAR10
 from pdistill.errors import UserError
 from pdistill.steps import stages
+from pdistill.training.fit import accumulated_batches
 
 CONF = Path(__file__).parent.parent / "conf"
 COMMON = {
@@ -104,13 +104,11 @@ def test_the_ablation_is_the_recipe_at_1024_steps():
     ("devices", "most", "batches"), [(64, None, 1), (64, 32, 1), (8, 64, 4), (1, 64, 32), (8, 100, 4), (3, None, None)]
 )
 def test_accumulation_fills_the_global_batch_on_fewer_devices(devices, most, batches):
-    cfg = composed("experiment=imagenet64", "trainer=cpu", f"trainer.devices={devices}")
-    cfg.max_batch_per_device = most
     if batches is None:
         with pytest.raises(UserError, match="multiple of 3"):
-            accumulated_batches(cfg, 2048)
+            accumulated_batches(2048, devices, 1, most)
     else:
-        assert accumulated_batches(cfg, 2048) == batches
+        assert accumulated_batches(2048, devices, 1, most) == batches
 
 
 def test_accumulated_batches_train_as_one(run, workplace):

@@ -66,6 +66,14 @@ class Schedule:
         return dict(vars(self))
 
 
+def _as_floats(schedule: object) -> None:
+    """The fields of a frozen dataclass as floats: a command line says infinity as text, "-inf" or "-.inf"."""
+    for field in dataclasses.fields(schedule):  # type: ignore[arg-type]
+        value = getattr(schedule, field.name)
+        if field.type == "float" or field.type is float:
+            object.__setattr__(schedule, field.name, float(str(value).replace(".inf", "inf")))
+
+
 def timestep_of(logsnr: Tensor) -> Tensor:
     """1000 atan(sigma / alpha) 2 / pi, with sigma / alpha = exp(-logsnr / 2): in [0, 1000], finite everywhere."""
     return 1000 * torch.atan(torch.exp(-0.5 * logsnr)) / (0.5 * math.pi)
@@ -84,6 +92,7 @@ class CosineSchedule(Schedule):
     logsnr_max: float = 20.0
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         if not self.logsnr_min < self.logsnr_max:
             raise ValueError(f"logsnr_min={self.logsnr_min} must be below logsnr_max={self.logsnr_max}")
 
@@ -113,6 +122,7 @@ class FlowSchedule(Schedule):
     """Of an imported network, which sees train_timesteps x u of time."""
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         if not self.shift > 0:
             raise ValueError(f"shift={self.shift} must be positive")
         if not self.logsnr_min < self.logsnr_max:
@@ -150,6 +160,7 @@ class EdmSchedule(Schedule):
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        _as_floats(self)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must be 0 < sigma_min < sigma_max < inf: "

@@ -110,7 +110,11 @@ def directory_of(name: str, output_root: str) -> Path:
         raise UserError(
             f"name={name} must be one directory name of letters, digits and . + - _, at most 200 bytes, e.g. name=first"
         )
-    return Path(output_root).expanduser() / name
+    directory = Path(output_root).expanduser() / name
+    there = next(p for p in (directory, *directory.resolve().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{there} is no directory that may be written to: give another output_root=<directory>")
+    return directory
 
 
 def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
@@ -212,7 +216,8 @@ def flat(cfg: DictConfig) -> dict[str, str]:
             flat[prefix] = str(value)
 
     container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    visit("", {k: v for k, v in container.items() if k not in UNCOMPARED})  # type: ignore[union-attr]
+    unused = () if "teacher" in cfg else ("distillation",)  # of a run that trains a teacher alone
+    visit("", {k: v for k, v in container.items() if k not in (*UNCOMPARED, *unused)})  # type: ignore[union-attr]
     return flat
 
 

@@ -5,7 +5,7 @@ conf/.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Train:
     metrics: Metrics = field(default_factory=Metrics)
     trainer: Any = MISSING
     training: Training = field(default_factory=Training)
+    distillation: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
         whole("seed", self.seed, 0)
@@ -90,7 +91,6 @@ class Distill(Train):
     teacher: str | None = None
     """A denoiser directory; null: train one first."""
     method: Any = MISSING
-    distillation: Distillation = field(default_factory=Distillation)
 
 
 @dataclass
@@ -183,7 +183,8 @@ class Evaluate:
             raise UserError(f"steps={self.steps} is the former name of num_steps={self.num_steps}: give one of them")
         if self.extrapolate and self.metrics.num_samples < LEAST_EXTRAPOLATED:
             raise UserError(
-                f"metrics.num_samples={self.metrics.num_samples} must be at least {LEAST_EXTRAPOLATED} with extrapolate=true"
+                f"metrics.num_samples={self.metrics.num_samples} must be at least {LEAST_EXTRAPOLATED} "
+                f"with extrapolate=true"
             )
         if self.name is not None and (not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith(".")):
             raise UserError(f"name={self.name} must be one file name of letters, digits and . + - _, e.g. name=first")
@@ -235,8 +236,12 @@ def conf() -> Path:
 
 
 def settings_of(cfg: DictConfig) -> Any:
-    """The composed configuration as its dataclass, checked. Raises UserError where a value cannot be."""
-    return OmegaConf.to_object(cfg)
+    """The composed configuration as its dataclass, checked. Raises UserError where a key or a value cannot be."""
+    settings = OmegaConf.to_object(cfg)
+    known = {f.name for f in fields(type(settings))}  # type: ignore[arg-type]
+    if unknown := [str(key) for key in cfg if key not in known]:
+        raise UserError(f"there is no key {unknown[0]} (--help lists them)")
+    return settings
 
 
 register()
