@@ -20,7 +20,7 @@ class Metrics:
     """Samples to measure. FID of few is biased upwards: use more than the extractor has features."""
     every_n_updates: int | None = None
     """Also measure every so many updates of a training; null: only at its end."""
-    teacher_curve: dict[str, Any] | None = None
+    teacher_curve: Any = None
     """Also measure the teacher by itself, e.g. {steps: [1,2,4], samplers: [ddim,ancestral]}; null: do not."""
 
     def __post_init__(self) -> None:
@@ -35,7 +35,8 @@ class Metrics:
         if self.teacher_curve is None:
             return
         curve, known = self.teacher_curve, registry.names("sampler")
-        samplers = curve.get("samplers") if set(curve) == {"steps", "samplers"} else None
+        complete = isinstance(curve, dict) and set(curve) == {"steps", "samplers"}
+        samplers = curve["samplers"] if complete else None
         known_ones = isinstance(samplers, list) and samplers and all(name in known for name in samplers)
         if not known_ones or not are_step_counts(curve["steps"]):
             raise UserError(
