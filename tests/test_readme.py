@@ -1,0 +1,198 @@
+"""What README.md, docs/ and the headers of conf/ tell the reader to type: run where it is quick, else composed."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, open_dict
+
+from pdistill.commands import help as help_page
+from pdistill.commands.cli import COMPOSED, PLAIN
+from pdistill.commands.settings import settings_of
+from pdistill.commands.steps_key import steps_is_a_key
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("python ", "pdistill ", "make ", "pip ")
+HERE = {  # for what the README names, what a test has
+    "outputs/a outputs/b": "outputs/smoke",
+    "outputs/demo": "outputs/smoke",
+    "num_images=64": "num_images=4",
+    "(64, ": "(2, ",
+    "randn(64, ": "randn(2, ",
+    "num_steps=50": "num_steps=3",
+    "baselines=all": "baselines=ddim metrics.num_samples=100 bootstrap=0 name=readme",
+}
+MODULES = {"pdistill.interop.flax": "test_official.py"}  # of `python -m`, with the test that runs them
+OF_EXTENDING = ("--config-dir", "imports=")  # commands with parts of docs/extending.md, which test_extending.py runs
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, content) of a page's code blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands(text: str) -> list[str]:
+    """The lines that begin with a program, continued ones joined, comments left out, "there" for <what to fill in>."""
+    lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
+    lines = (re.sub(r"<[^>]+>", "there", line) for line in lines if line.startswith(PROGRAMS))
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+
+
+def remarks(header: str) -> str:
+    """The header of a configuration, without # and with every phrase on a line of its own."""
+    lines = (line.removeprefix("#").strip() for line in header.splitlines() if line.startswith("#"))
+    return re.sub(r"\s{2,}", "\n", "\n".join(lines))
+
+
+README = [command for language, content in blocks(PAGES[0]) if not language for command in commands(content)]
+IN_PAGES = [c for page in PAGES for language, content in blocks(page) if not language for c in commands(content)]
+IN_CONF = [c for file in sorted((ROOT / "conf").rglob("*.yaml")) for c in commands(remarks(file.read_text()))]
+ALL = list(dict.fromkeys([*IN_PAGES, *IN_CONF]))
+
+
+def of_hydra(command: str) -> bool:
+    """Whether Hydra composes it: `pdistill train ...`, `python train.py ...`."""
+    return bool(re.match(rf"pdistill ({'|'.join(COMPOSED)})\b|python ({'|'.join(COMPOSED)})\.py\b", command))
+
+
+def check(command: str, arguments: list[str]) -> None:
+    """Composes a command line and makes its settings, which check themselves; of a multirun, every value once."""
+    overrides = [word for word in arguments if not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    swept = {o.key_or_group: list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
+    assert "-m" in arguments or not swept, f"several values of {', '.join(swept)}, without -m"
+    if "-m" in arguments:
+        of_experiment = composed(command, fixed).hydra.sweeper.params or {}
+        swept |= {key: str(values).split(",") for key, values in of_experiment.items()}
+    for k in range(max(map(len, swept.values()), default=1)):
+        cfg = composed(command, [*fixed, *(f"{key}={values[k % len(values)]}" for key, values in swept.items())])
+        HydraConfig.instance().set_config(cfg)  # `name` is made of it
+        with open_dict(cfg):
+            del cfg["hydra"]
+        settings_of(cfg)
+
+
+def composed(command: str, overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(command, overrides, return_hydra_config=True)
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_config_stays():
+    yield
+    HydraConfig.instance().cfg = None
+
+
+def test_the_patterns_find_commands():
+    assert len(README) > 20 and len(IN_PAGES) > 40 and len(IN_CONF) > 15
+    assert {command.partition(" ")[0] for command in README} == {"make", "python", "pdistill"}
+
+
+@pytest.mark.parametrize("command", filter(of_hydra, ALL))
+def test_hydra_composes(command):
+    program, script, *arguments = shlex.split(command)
+    name = script.removesuffix(".py")
+    if "--help" in arguments:
+        assert "Keys (key=value):" in help_page.of_command(name, subcommand=program == "pdistill")
+    elif not any(word in command for word in OF_EXTENDING):
+        if name != "evaluate":
+            check(name, arguments)
+        else:
+            with steps_is_a_key():
+                check(name, arguments)
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").iterdir()))
+def test_every_experiment_composes(experiment):
+    for command in ("train", "distill"):
+        check(command, ["-m", f"experiment={experiment}"])
+
+
+@pytest.mark.parametrize("command", [command for command in ALL if not of_hydra(command)])
+def test_other_commands_name_what_exists(command):
+    program, *words = shlex.split(command)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{word}:", makefile, re.M) for word in words if "=" not in word)
+    elif program == "pdistill":
+        assert words[0] in (*PLAIN, "--help", "--version")
+    elif program == "python" and words[0] == "-m":
+        assert importlib.util.find_spec(words[1]) and (ROOT / "tests" / MODULES[words[1]]).exists()
+    elif program == "python":
+        assert (ROOT / words[0]).exists()
+
+
+def here(text: str) -> str:
+    """A text of the README with what a test has for what it names."""
+    for theirs, ours in HERE.items():
+        text = text.replace(theirs, ours)
+    return text
+
+
+def pdistill(workplace: Path, *words: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PDISTILL_CACHE": str(workplace / "cache"), "PYTHONPATH": paths}
+    program = [sys.executable, "-m", "pdistill.commands.cli", *words]
+    return subprocess.run(program, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120)
+
+
+QUICK = [command for command in README if re.match(rf"pdistill (sample|{'|'.join(PLAIN)})\b", command)]
+QUICK += [next(command for command in README if command.startswith("python evaluate.py"))]
+
+
+@pytest.mark.parametrize("command", [*QUICK, "pdistill --version", "pdistill --help"])
+def test_quick_commands_of_the_readme_run(command, smoke, workplace):
+    words = [word.removesuffix(".py") for word in shlex.split(here(command))[1:]]
+    if any("wandb:" in word for word in words):
+        pytest.skip("needs W&B's server")
+    done = pdistill(workplace, *words)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_readmes_python_runs(smoke, workplace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workplace)
+    write_pipeline(tmp_path / "pipeline")
+    found = [content for language, content in blocks(PAGES[0]) if language == "python"]
+    assert len(found) == 2
+    for content in found:
+        names: dict[str, Any] = {}
+        exec(compile(here(content).replace("my_pipeline", str(tmp_path / "pipeline")), "README.md", "exec"), names)
+        assert len(names["images"]) == 2
+    assert names["images"].isfinite().all() and names["student"].num_steps == 4
+
+
+def write_pipeline(folder: Path) -> None:
+    """What a user of diffusers has: a DDPMPipeline of a small UNet2DModel, untrained."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    down, up = ("DownBlock2D",), ("UpBlock2D",)
+    network = UNet2DModel(8, 3, 3, down_block_types=down, up_block_types=up, block_out_channels=(32,))
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_what_pages_name_exists(page):
+    """Relative links, files in backticks, and extras of pip."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = [page.parent / link for link in re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", text)]
+    missing = [str(link) for link in links if not link.exists()]
+    for name in re.findall(r"`((?:conf|tests|benchmarks|src|commands|training|metrics|hydra_plugins)/[\w./-]*)`", text):
+        places = (ROOT / name, ROOT / "src" / name, ROOT / "src" / "pdistill" / name)
+        missing += [] if any(place.exists() for place in places) else [name]
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"'pdistill\[(.+?)\]'", text)
+    missing += [extra for extra in extras if not re.search(rf"^{extra} = \[", project, re.M)]
+    assert not missing
