@@ -132,7 +132,7 @@ def test_every_weighting_trains(run, workplace, parameterization):
     assert len(list((workplace / "outputs").glob(f"smoke-{parameterization}-*-teacher*/teacher/denoiser"))) == 4
 
 
-def test_two_processes_make_one_model_and_the_same_figures(run, workplace):
+def test_two_processes_make_one_model_and_the_same_metrics(run, workplace):
     """Through the sweep, where a second rank that re-ran the command line would start the sweep again."""
     from pdistill.dataset import digits
     from pdistill.denoiser import Denoiser
@@ -146,8 +146,8 @@ def test_two_processes_make_one_model_and_the_same_figures(run, workplace):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDISTILL_CACHE", str(workplace / "cache"))
         fid = FID(train_classifier(digits()), digits(), row["num_samples"])
-        figure = fid.measure(Denoiser.load(two / "steps-0001" / "denoiser"), 1)
-    assert figure == pytest.approx(row["fid_classifier"], rel=1e-4)
+        value = fid.measure(Denoiser.load(two / "steps-0001" / "denoiser"), 1)
+    assert value == pytest.approx(row["fid_classifier"], rel=1e-4)
 
 
 def test_sample_does_not_depend_on_the_batch(smoke, run, workplace):

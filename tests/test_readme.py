@@ -14,7 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from pdistill.commands import help as help_page
 from pdistill.commands.cli import COMPOSED, PLAIN
@@ -96,8 +98,11 @@ def no_hydra_config_stays():
 
 
 def test_the_patterns_find_commands():
-    assert len(README) > 20 and len(IN_PAGES) > 40 and len(IN_CONF) > 15
+    assert len(README) > 15 and len(IN_PAGES) > 30 and len(IN_CONF) > 15
     assert {command.partition(" ")[0] for command in README} == {"make", "python", "pdistill"}
+    for wrong in ("weighing=snr", "weighting=sno", "training.update=3", "training.updates=x", "weighting=snr,constant"):
+        with pytest.raises((HydraException, OmegaConfBaseException, AssertionError)):
+            check("train", [wrong])
 
 
 @pytest.mark.parametrize("command", filter(of_hydra, ALL))

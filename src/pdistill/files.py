@@ -71,12 +71,12 @@ def read_json(path: Path, default: Any = None) -> Any:
     except FileNotFoundError:
         return default
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the command makes it anew") from error
+        raise UserError(f"{path} is damaged ({error}): delete it, and the command makes it again") from error
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[IO | None]:
-    """Holds the lock file `path` against other processes; gives None where it cannot be had without waiting.
+    """Holds the lock file `path` against other processes; gives None where it cannot be taken without waiting.
 
     In a directory that may not be written to, whatever is there is complete, and nothing is locked.
     """

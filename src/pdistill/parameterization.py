@@ -1,4 +1,4 @@
-"""What the network's output means: the one home of every conversion between eps, x and v.
+"""What the network's output means: the one place for every conversion between eps, x and v.
 
 Each class turns the network's output into x_hat, the denoised image, under any process z = alpha x + sigma eps (paper,
 Section 4, without its alpha^2 + sigma^2 = 1). `alpha` and `sigma` must broadcast against the images `z` (B, C, H, W).

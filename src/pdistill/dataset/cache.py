@@ -43,7 +43,7 @@ class Source:
     key: str
     """Stands for the content: other content, another key."""
     key_now: Callable[[], str]
-    """The key, worked out anew: what was cached is old if it has changed since."""
+    """The key, worked out again: what was cached is old if it has changed since."""
     names: Sequence[str]
     """Of the images, for messages."""
     open: Callable[[int], Image.Image]
@@ -136,7 +136,7 @@ def _is_complete(directory: Path, made_by: dict) -> bool:
         if differing:
             raise UserError(
                 f"the cache {shown(directory)} was made otherwise ({'; '.join(differing)}): give another "
-                f"dataset.cache=..., or delete it to have it made anew"
+                f"dataset.cache=..., or delete it to make it again"
             )
         if file == "cache.json":
             return True
@@ -167,7 +167,7 @@ def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
 
 
 def _damaged(file: Path, problem: str) -> UserError:
-    return UserError(f"{shown(file)} is damaged: {problem}. Delete {shown(file.parent)} to have it made anew")
+    return UserError(f"{shown(file)} is damaged: {problem}. Delete {shown(file.parent)} to make it again")
 
 
 def _chain_of(images: np.ndarray) -> bytes:

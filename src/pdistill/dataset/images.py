@@ -25,7 +25,7 @@ class ImageSet:
         labels: int64 (N,), from 0 to num_classes - 1; None where there are none.
         flips: whether training mirrors images left to right at random.
         digest: `digest_of_images` of both, where it is known already; it saves reading them all.
-        classes: the number of classes, where the labels at hand may not show them all.
+        classes: the number of classes, where the given labels may not show them all.
     """
 
     name: str

@@ -53,4 +53,4 @@ def teacher_points(run: Path) -> dict[str, dict[int, float]]:
         samplers = {name: of_sampler for name, of_sampler in points.items() if name != PROVENANCE}
         return {name: {int(n): value for n, value in of_sampler.items()} for name, of_sampler in samplers.items()}
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the run's command makes it anew") from error
+        raise UserError(f"{path} is damaged ({error}): delete it, and the run's command makes it again") from error

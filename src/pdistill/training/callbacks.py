@@ -216,7 +216,7 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         return any(signalled for signalled, _ in opinions)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back, and one that came since the last update to whom it is due."""
+        """Restores the handlers of signals, and raises one that came since the last update."""
         self._give_back()
         if self.signal is not None:
             signal.raise_signal(self.signal)

@@ -33,7 +33,7 @@ class WholeCheckpoints(CheckpointIO):
                     path.replace(path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
             raise UserError(
-                f"the checkpoint {path} cannot be written ({first_line(error)}): make room, or see to the permissions; "
+                f"the checkpoint {path} cannot be written ({first_line(error)}): make space, or check the permissions; "
                 f"the same command continues from the checkpoint before"
             ) from error
 
@@ -82,7 +82,7 @@ def _chosen(path: Path) -> Path | str:
         return path
     if other := _fault(previous):
         return (
-            f"{path} is {fault} and {previous} is {other}: delete {path.parent} to start this stage anew; "
+            f"{path} is {fault} and {previous} is {other}: delete {path.parent} to start this stage again; "
             f"finished stages are kept"
         )
     print(f"{path} is {fault}; continuing from {PREVIOUS}, the checkpoint before", file=sys.stderr)
@@ -121,7 +121,7 @@ class Batching(Callback):
         if noted is None:
             raise UserError(
                 f"{trainer.ckpt_path} was written by version 0.1.0, which drew other random numbers: finish this run "
-                f"with 0.1.0, or start it anew with overwrite=true"
+                f"with 0.1.0, or start it again with overwrite=true"
             )
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

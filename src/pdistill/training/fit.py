@@ -39,7 +39,7 @@ class FitSettings:
     loggers: Sequence[Logger] = ()
     """Get the scalars."""
     callbacks: Sequence[Callback] = ()
-    """Further callbacks, made anew for each stage: what one remembers of a stage must not depend on a restart."""
+    """Further callbacks, made again for each stage: what one remembers of a stage must not depend on a restart."""
     metric: Measure | None = None
     """Measured while the stage trains, for example a `metrics.fid.FID`."""
     measure_every_n_updates: int | None = None

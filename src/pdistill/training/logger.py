@@ -50,7 +50,7 @@ def wandb_logger(directory: str, name: str, project: str, **options: Any) -> Wan
             _ = logger.experiment  # opens the run
         except (wandb.Error, ValueError, TypeError) as error:
             raise UserError(
-                f"logger=wandb: W&B does not open a run ({_reason(error)}): see to logger.* and your key, or set "
+                f"logger=wandb: W&B does not open a run ({_reason(error)}): check logger.* and your key, or set "
                 f"WANDB_MODE=offline and upload later"
             ) from error
     return logger

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10  # where the bar goes into a file, which keeps every 
 
 
 class ProgressBar(LightningBar):
-    """One bar a stage that counts updates, those before a resume included; the rate is that of this sitting alone."""
+    """One bar a stage that counts updates, those before a resume included; the rate is that of this process alone."""
 
     def __init__(self, description: str) -> None:
         super().__init__()
