@@ -137,7 +137,7 @@ def test_two_processes_make_one_model_and_the_same_figures(run, workplace):
     from pdistill.dataset import digits
     from pdistill.denoiser import Denoiser
     from pdistill.metrics.extractors import train_classifier
-    from pdistill.training.callbacks import FID
+    from pdistill.metrics.fid import FID
 
     status, _, err = run("distill.py", "-m", "experiment=smoke", "trainer=ddp_cpu", "name=two", "seed=0")
     assert status == 0, err
