@@ -33,7 +33,7 @@ def time_stages(
 
     seconds(0, 1)
     evaluation = seconds(0, 1)
-    most = max(1, int(BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6)))
+    most = max(1, int(min(1e9, BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6))))
     steps = [min(n, most) for n in num_steps]
     rounds = tqdm(range(ROUNDS), "seconds per image", unit="round", leave=False)
     timed = [[seconds(k, n) * num_steps[k] / n for k, n in enumerate(steps)] for _ in rounds]
