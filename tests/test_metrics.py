@@ -302,7 +302,7 @@ def test_two_processes_measure_what_one_does_and_fail_together(tmp_path):
 
 
 def test_inception_is_torch_fidelitys(monkeypatch, tmp_path):
-    """With random weights, because the published ones are not available here; images enlarged as the literature does."""
+    """With random weights, as the published ones are not available here; images enlarged as the literature does."""
     torch.save({}, tmp_path / "weights.pth")
     monkeypatch.setattr(extractors, "_check_digest", lambda file: None)
     with monkeypatch.context() as patch:
