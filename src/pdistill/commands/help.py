@@ -39,7 +39,8 @@ def of_command(command: str, subcommand: bool) -> str:
     header = (conf() / f"{command}.yaml").read_text().split("defaults:")[0]
     about = "\n".join(line.lstrip("# ") if not line.startswith("#   ") else line[1:] for line in header.splitlines())
     keys = {field.name for field in dataclasses.fields(settings)}
-    folders = sorted(p for p in conf().iterdir() if p.is_dir() and (p.name in keys or p.name == "experiment"))
+    groups_of = keys - {"steps"} if command == "evaluate" else keys | {"experiment"}
+    folders = sorted(p for p in conf().iterdir() if p.is_dir() and p.name in groups_of)
     groups = [f"  {p.name:<18}{', '.join(sorted(f.stem for f in p.glob('*.yaml')))}" for p in folders]
     return "\n".join(
         [

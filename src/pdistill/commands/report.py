@@ -39,7 +39,7 @@ def show(directory: Path) -> None:
     summary = directory / "summary.json"
     rows = read_json(summary)
     if not isinstance(rows, list):
-        raise UserError(f"{summary} is no list of stages: delete it, and the run's command makes it anew")
+        raise UserError(f"{summary} is no list of stages: delete it, and the run's command makes it again")
     console = Console()
     console.print(tables.terminal(*tables.stages(rows), title=str(directory)))
     for note in tables.stage_notes(rows):

@@ -145,7 +145,7 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
     if facts["version"].split(".")[:2] != __version__.split(".")[:2] and not finished:
         raise UserError(
             f"{directory} is an unfinished run of version {facts['version']}, which version {__version__} cannot "
-            f"resume: finish it with that version, choose another name=..., or overwrite=true to start afresh"
+            f"resume: finish it with that version, choose another name=..., or overwrite=true to start again"
         )
     ours, theirs = (flat(c) for c in (cfg, config_of(directory)))
     keys = ours.keys() | theirs.keys() if facts["version"] == __version__ else ours.keys() & theirs.keys()
@@ -162,7 +162,7 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
         hint = f", start={directory}/teacher/denoiser to train on from its teacher" if finished else ""
         raise UserError(
             f"{directory} holds a run with another configuration ({'; '.join(differing)}): "
-            f"choose another name=...{hint}, or overwrite=true to delete it and start afresh"
+            f"choose another name=...{hint}, or overwrite=true to delete it and start again"
         )
     if finished and cfg.dataset.get("path") is not None:
         try:
@@ -178,7 +178,7 @@ def check_data(directory: Path, fingerprint: str) -> None:
     if before not in (None, fingerprint):
         raise UserError(
             f"{directory} was begun with other data (fingerprint {before}, now {fingerprint}): images were added, "
-            f"removed or changed. Restore them, choose another name=..., or overwrite=true to start afresh"
+            f"removed or changed. Restore them, choose another name=..., or overwrite=true to start again"
         )
 
 

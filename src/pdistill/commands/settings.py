@@ -41,7 +41,7 @@ class Train:
     seed: int = 0
     """Of everything that is random."""
     overwrite: bool = False
-    """Delete what stands in the run's directory and start afresh."""
+    """Delete what stands in the run's directory and start again."""
     imports: list[str] = field(default_factory=list)
     """Modules to import first, which register parts of their own: docs/extending.md."""
     num_workers: int = 0

@@ -264,7 +264,7 @@ def _measure_teacher(job: Job) -> None:
 
 
 def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
-    """neighbours.png: has the last student learnt images by heart?"""
+    """neighbours.png: has the last student memorised images?"""
     denoiser = Denoiser.load(stage / "denoiser").to(job.device)
     drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(num_steps, job.settings.seed), job.device)
     samples = torch.cat(list(drawn))

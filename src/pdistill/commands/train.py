@@ -14,7 +14,9 @@ def main(cfg: DictConfig) -> float | None:
     if finished:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
-        from pdistill.commands.stages import train  # torch and its company: seconds that a finished run need not wait
+        from pdistill.commands.stages import (
+            train,  # torch and what it imports: seconds that a finished run need not wait
+        )
 
         train(settings, cfg, directory)
     if is_main():

@@ -200,7 +200,8 @@ def main() -> None:
         denoiser = load_official_checkpoint(arguments.checkpoint, arguments.image_size)
         denoiser.save(arguments.directory)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     shape = "x".join(map(str, denoiser.image_shape))
     print(f"wrote {arguments.directory}: {shape}, {denoiser.parameterization.name}, {denoiser.num_steps} steps")
 
