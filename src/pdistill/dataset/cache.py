@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+from pdistill.bars import bar
 from pdistill.dataset.images import ImageSet, chained, digest_of_chain
 from pdistill.dataset.pixels import Transform, square_pixels
 from pdistill.dataset.settings import flag, fraction, location, reason, shown
@@ -30,7 +30,6 @@ from pdistill.processes import is_main
 
 FORMAT = 2  # 1: pdistill 0.1.0, which knew neither EXIF nor transparency nor 16 bits
 CHUNK = 1024  # images between two notes of progress
-LONG = 2000  # images, from which on a progress bar is worth having
 IN_MEMORY = 2 * 1024**3  # bytes; larger caches stay on disk
 
 
@@ -172,7 +171,7 @@ def _damaged(file: Path, problem: str) -> UserError:
 
 def _chain_of(images: np.ndarray) -> bytes:
     chain = b""
-    for image in tqdm(images, desc="checking the cache of images", unit="image", delay=2, disable=not is_main()):
+    for image in bar(images, "checking the cache of images", unit="image"):
         chain = chained(chain, hashlib.sha256(image.data).digest())
     return chain
 
@@ -193,19 +192,15 @@ class _Maker:
         progress = self._progress()
         if self.source.note:
             print(f"{self.source.name}: {self.source.note}", file=sys.stderr)
-        bar = tqdm(
-            total=self.total,
-            initial=progress["done"],
-            desc=f"caching {shown(self.source.name)}",
-            unit="image",
-            disable=self.total < LONG,
-        )
-        with bar, ThreadPoolExecutor(os.cpu_count()) as pool, (self.directory / "images.bin").open("ab") as out:
+        title, done = f"caching {shown(self.source.name)}", progress["done"]
+        counted = bar((), title, self.total, "image", initial=done, everywhere=True)  # one process makes it
+        with counted, ThreadPoolExecutor(os.cpu_count()) as pool, (self.directory / "images.bin").open("ab") as out:
             out.truncate(progress["kept"] * self.bytes_each)  # what a killed process wrote after its last note
             while progress["done"] < self.total:
                 chunk = range(progress["done"], min(self.total, progress["done"] + CHUNK))
                 chain = bytes.fromhex(progress["pixels"])
                 for i, pixels, digest, grey, problem in pool.map(self._read, chunk):
+                    counted.update()
                     if problem is None:
                         out.write(pixels)
                         chain = chained(chain, digest)
@@ -218,7 +213,6 @@ class _Maker:
                 os.fsync(out.fileno())
                 progress |= {"done": chunk.stop, "pixels": chain.hex()}
                 write_json(self.directory / "progress.json", progress)
-                bar.update(len(chunk))
         self._refuse_grey(progress)
         self._finish(progress, labels)
 
