@@ -1,7 +1,6 @@
 """One stage: what it computes, and what becomes of it when it is stopped, damaged, resumed or watched."""
 
 import copy
-import io
 import json
 import math
 import multiprocessing
@@ -19,6 +18,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.utils.data import IterableDataset
 
+from pdistill import bars
 from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted, UserError
 from pdistill.network import unet
@@ -364,7 +364,10 @@ def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
 
     WholeCheckpoints().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"last\.ckpt cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be written .*No space left.* continues from the checkpoint"):
         WholeCheckpoints().save_checkpoint({"a": 2}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="the same command starts this stage anew"):
+        WholeCheckpoints().save_checkpoint({"a": 2}, tmp_path / "other" / "last.ckpt")
+    (tmp_path / "other").rmdir()
     assert WholeCheckpoints().load_checkpoint(tmp_path / "last.ckpt") == {"a": 1}
     assert checkpoints.there_is_one(tmp_path) and len(list(tmp_path.iterdir())) == 1

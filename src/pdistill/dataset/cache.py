@@ -126,7 +126,7 @@ def _locked(directory: Path) -> Iterator[Any]:
 def _is_complete(directory: Path, made_by: dict) -> bool:
     """Raises UserError for a cache, or the beginning of one, that was made otherwise."""
     for file in ("cache.json", "progress.json"):
-        content = read_json(directory / file)
+        content = _json(directory / file)
         if content is None:
             continue
         theirs = content.get("made_by") if isinstance(content, dict) else None
@@ -144,7 +144,7 @@ def _is_complete(directory: Path, made_by: dict) -> bool:
 
 def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
     """(images, labels, digest). The pixels are read again only if the file was touched since it was written."""
-    description: Any = read_json(directory / "cache.json")
+    description = _json(directory / "cache.json")
     shape, file = tuple(description["shape"]), directory / "images.bin"
     size = file.stat().st_size if file.exists() else 0
     if size != np.prod(shape):
@@ -163,6 +163,14 @@ def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
     if digest_of_chain(chain, shape[1:], labels) != description["digest"]:
         raise _damaged(directory / "labels.npy", "its content is not what was written")
     return images, labels, description["digest"]
+
+
+def _json(file: Path) -> Any:
+    """The content; None where there is no file. To delete a damaged one alone would not help."""
+    try:
+        return read_json(file)
+    except UserError as error:
+        raise _damaged(file, "it is no JSON") from error
 
 
 def _damaged(file: Path, problem: str) -> UserError:
@@ -220,7 +228,7 @@ class _Maker:
         """Where an interrupted process stopped, or the beginning; written down before the first image is."""
         file = self.directory / "images.bin"
         size = file.stat().st_size if file.exists() else 0
-        progress: Any = read_json(self.directory / "progress.json")
+        progress = _json(self.directory / "progress.json")
         if progress is None and size:
             raise UserError(f"{shown(file)} is there, and is no cache of pdistill's: give another dataset.cache=...")
         if progress is None or size < progress["kept"] * self.bytes_each:

@@ -32,9 +32,10 @@ class WholeCheckpoints(CheckpointIO):
                 if path.exists():
                     path.replace(path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+            before = any(file.exists() for file in (path, path.with_name(PREVIOUS)))
             raise UserError(
                 f"the checkpoint {path} cannot be written ({first_line(error)}): make room, or see to the permissions; "
-                f"the same command continues from the checkpoint before"
+                f"the same command {'continues from the checkpoint before' if before else 'starts this stage anew'}"
             ) from error
 
     def load_checkpoint(
