@@ -1,8 +1,8 @@
 """What the framework costs, as ratios measured in one process: `python benchmarks/speed.py`, or `make bench`.
 
 The two sides of a ratio take turns, and it is that of the medians over all their repetitions. Rows appear as they are
-measured, on an otherwise quiet machine in about 15 minutes, with `--quick` (the digits network alone, fewer rounds) in
-one or two. `--json FILE` keeps every repetition in seconds.
+measured; with `--quick` (the digits network alone, fewer rounds) all are there in one or two minutes. Measure on an
+otherwise quiet machine. `--json FILE` keeps every repetition in seconds.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class Case:
 
 DIGITS = Case("digits", 8, 1, batch=64, steps=60, rounds=6, evaluations=16, samplings=20, limit=1.10)
 CIFAR10 = Case("cifar10", 32, 3, batch=4, steps=4, rounds=3, evaluations=4, samplings=3, limit=1.03)
-QUICK = Case("digits", 8, 1, batch=64, steps=40, rounds=2, evaluations=16, samplings=5, limit=1.10)
+QUICK = Case("digits", 8, 1, batch=64, steps=30, rounds=2, evaluations=16, samplings=4, limit=1.10)
 
 
 @dataclass

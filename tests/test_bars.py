@@ -6,9 +6,17 @@ import select
 import sys
 
 import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 
 from pdistill import bars
 from pdistill.bars import Bar, bar
+from pdistill.dataset import image_folder
+from pdistill.interop.diffusers import Pipeline
+from pdistill.metrics import distances
+from pdistill.metrics.shares import my_batches
+from pdistill.sampling import Draw, generate
 
 
 class Clock:
@@ -91,6 +99,58 @@ def test_a_bar_within_another_moves_that_one_and_is_not_shown(clock, log):
     assert not Bar.around
     work(clock, 2, range(1), "sampling", within=True)
     assert "sampling: 100% 1/1" in log()
+
+
+@pytest.fixture
+def talkative(monkeypatch) -> None:
+    """A line at every update, and after the shortest work."""
+    for seconds in ("SECONDS_TO_APPEAR", "SECONDS_TO_FIRST_LINE", "SECONDS_BETWEEN_LINES"):
+        monkeypatch.setattr(bars, seconds, 0)
+
+
+def counts(text: str, title: str) -> list[str]:
+    return [line.removeprefix(title).split(" [")[0] for line in text.splitlines() if line.startswith(title)]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "unipc"])
+def test_a_batch_of_many_steps_does_not_stand_still(log, talkative, tiny, sampler):
+    """A single batch of samples may take hours."""
+    list(generate(tiny(), range(3), Draw(4, sampler=sampler)))
+    assert counts(log(), "sampling in 4 steps: ")[:4] == ["25% 1/4", "50% 2/4", "75% 3/4", "100% 4/4"]
+    for batch in my_batches(6, 3, "fid, 4 steps"):
+        list(generate(tiny(), batch, Draw(4, sampler=sampler)))
+    text = log()
+    assert "sampling" not in text and counts(text, "fid, 4 steps: ")[:4] == ["12% 0/2", "25% 0/2", "38% 0/2", "50% 1/2"]
+
+
+def test_a_pipeline_of_others_moves_the_bar_too(log, talkative):
+    network = UNet2DModel(
+        8, 1, 1, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    pipeline = Pipeline(DDPMPipeline(network, DDPMScheduler(10)), "somewhere")
+    for batch in my_batches(2, 2, "pipeline"):
+        list(pipeline.generate(batch, Draw(2)))
+    assert counts(log(), "pipeline: ")[:2] == ["50% 0/1", "100% 1/1"]
+
+
+def test_metrics_of_many_features_do_not_stand_still(log, talkative, monkeypatch):
+    monkeypatch.setattr(distances, "PART", 50)
+    random = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(100, 4, generator=random) for _ in range(2))
+    distances.measures(fake, real, distances.FrechetDistance(*distances.moments(real)), None, 3, extrapolate=True)
+    text = log()
+    assert counts(text, "FID of resamplings: ")[:2] == ["17% 0/3", "33% 1/3"]
+    assert counts(text, "FID of smaller sets: ")[-1] == "100% 15/15" and counts(text, "KID: ")[-1] == "100% 20/20"
+    assert counts(text, "precision and recall: ")[0] == "12% 1/8" and "covariance: 50% 1/2" in text
+
+
+def test_a_few_large_photos_do_not_stand_still(log, talkative, monkeypatch, tmp_path):
+    monkeypatch.setenv("PDISTILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    for k in range(3):
+        Image.new("RGB", (16, 16), (k, 0, 0)).save(tmp_path / "photos" / f"{k}.png")
+    image_folder(str(tmp_path / "photos"), 8)
+    assert counts(log(), "caching image_folder:photos: ")[:3] == ["33% 1/3", "67% 2/3", "100% 3/3"]
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):

@@ -22,7 +22,17 @@ PACKAGE = ROOT / "src" / "pdistill"
 MATHS = ("schedule", "parameterization", "weighting", "sampling", "target")
 LAYERS = (  # from the bottom; a package imports none of its own layer, flat modules may
     # Settings are plain dataclasses, which whoever is configured by them may name.
-    ("errors", "files", "processes", "randomness", "registry", "bars", "checks", "training.settings", "metrics.settings"),
+    (
+        "errors",
+        "files",
+        "processes",
+        "randomness",
+        "registry",
+        "bars",
+        "checks",
+        "training.settings",
+        "metrics.settings",
+    ),
     MATHS,
     ("network", "denoiser"),
     ("interop",),

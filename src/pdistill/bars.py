@@ -113,7 +113,7 @@ class _Terminal:
         class Counted(tqdm):
             @property
             def format_dict(self) -> dict[str, Any]:
-                return super().format_dict | {"done": int(bar.done)}
+                return {**super().format_dict, "done": int(bar.done)}
 
         self.bar = bar
         self.tqdm = Counted(
@@ -166,15 +166,17 @@ class _Lines:
     def _print(self, now: float) -> None:
         from tqdm import tqdm
 
+        total: Any = self.bar.total  # None is allowed, whatever tqdm declares
+        counts: dict[str, Any] = {"done": int(self.bar.done)}
         line = tqdm.format_meter(
             self.bar.done,
-            self.bar.total,
+            total,
             now - self.begun,
             prefix=self.title,
             unit=self.unit,
             initial=self.initial,
             bar_format=FORMATS[self.bar.total is not None]["line"],
-            done=int(self.bar.done),
+            **counts,
         )
         self.stream.write(line + "\n")
         self.stream.flush()

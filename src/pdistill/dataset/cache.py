@@ -29,7 +29,7 @@ from pdistill.files import cache_directory, digest_of, locked, read_json, write_
 from pdistill.processes import is_main
 
 FORMAT = 2  # 1: pdistill 0.1.0, which knew neither EXIF nor transparency nor 16 bits
-CHUNK = 1024  # images between two notes of progress
+CHUNK = 256  # images between two notes of progress
 IN_MEMORY = 2 * 1024**3  # bytes; larger caches stay on disk
 
 
@@ -184,6 +184,16 @@ def _chain_of(images: np.ndarray) -> bytes:
     return chain
 
 
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each processor; whoever interrupts them does not wait for what has not begun."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class _Maker:
     """Makes one cache. Its progress: how many are done and kept, the digest so far, and what was left out."""
 
@@ -202,7 +212,7 @@ class _Maker:
             print(f"{self.source.name}: {self.source.note}", file=sys.stderr)
         title, done = f"caching {shown(self.source.name)}", progress["done"]
         counted = bar((), title, self.total, "image", initial=done, everywhere=True)  # one process makes it
-        with counted, ThreadPoolExecutor(os.cpu_count()) as pool, (self.directory / "images.bin").open("ab") as out:
+        with counted, _threads() as pool, (self.directory / "images.bin").open("ab") as out:
             out.truncate(progress["kept"] * self.bytes_each)  # what a killed process wrote after its last note
             while progress["done"] < self.total:
                 chunk = range(progress["done"], min(self.total, progress["done"] + CHUNK))
