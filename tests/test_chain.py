@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from smoke_losses import RECORDED, read_losses
 
 STAGES = ["teacher", "steps-0004", "steps-0002", "steps-0001"]
 
@@ -43,6 +44,19 @@ def test_a_run_leaves_what_it_promises(smoke, run):
 
     status, out, _ = run("distill.py", "experiment=smoke")
     assert status == 0 and "is finished" in out and "report.html" in out
+
+
+def test_the_losses_are_the_recorded_ones(smoke):
+    """Every update of every stage; 2 % covers other processors and thread counts."""
+    ours, recorded = read_losses(smoke), json.loads(RECORDED.read_text())
+    assert {stage: len(values) for stage, values in ours.items()} == {
+        "teacher": 40,
+        "steps_0004": 15,
+        "steps_0002": 20,
+        "steps_0001": 20,
+    }
+    for stage, values in recorded.items():
+        assert ours[stage] == pytest.approx(values, rel=0.02), stage
 
 
 def test_students_learn(smoke):
@@ -137,7 +151,7 @@ def test_two_processes_make_one_model_and_the_same_figures(run, workplace):
     from pdistill.dataset import digits
     from pdistill.denoiser import Denoiser
     from pdistill.metrics.extractors import train_classifier
-    from pdistill.training.callbacks import FID
+    from pdistill.metrics.fid import FID
 
     status, _, err = run("distill.py", "-m", "experiment=smoke", "trainer=ddp_cpu", "name=two", "seed=0")
     assert status == 0, err

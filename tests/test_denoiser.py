@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.parameterization import X
-from pdistill.randomness import sample_noise
+from pdistill.randomness import sample_noise, seed_of
 from pdistill.sampling import sample
 from pdistill.schedule import CosineSchedule, EdmSchedule, FlowSchedule
 
@@ -139,3 +139,11 @@ def test_noise_depends_on_its_own_index_alone():
     assert torch.equal(all_at_once[4:], sample_noise(7, [4, 5], (1, 4, 4)))
     assert not torch.equal(all_at_once, sample_noise(7, range(6), (1, 4, 4), draw=1))
     assert not torch.equal(all_at_once, sample_noise(8, range(6), (1, 4, 4)))
+
+
+def test_random_keys_do_not_collide():
+    """Of other purposes, other lengths, and other values: numpy's SeedSequence padded (1, 2) and (1, 2, 0) alike."""
+    keys = [(), (0,), (1,), (1, 0), (1, 2), (1, 2, 0), (12,), (1, 2, 0, 0)]
+    seeds = [seed_of(purpose, *key) for purpose in ("sample", "training") for key in keys]
+    assert len(set(seeds)) == len(seeds)
+    assert seed_of("sample", 1) == seed_of("sample", 1)

@@ -8,6 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from smoke_losses import read_losses
 
 from pdistill.commands.sweep import PAPER_CIFAR10
 from pdistill.errors import UserError
@@ -135,3 +136,25 @@ def test_exactly_zero_terminal_snr_is_trained_and_distilled(run, workplace, para
     assert student.schedule(torch.ones(1)) == -torch.inf
     pictures = sample(student, torch.randn(4, 1, 8, 8), 1)
     assert pictures.isfinite().all() and pictures.std() > 0.1
+
+
+@pytest.mark.parametrize("process", ["flow", "edm"])
+def test_other_processes_are_trained_and_halved_to_one_step(run, workplace, process):
+    """Flow matching and EDM from data to a 1-step student: losses fall, and the student's images are the teacher's."""
+    from pdistill import Denoiser, sample
+    from pdistill.randomness import sample_noise
+
+    groups = [f"{group}={process}" for group in ("schedule", "parameterization", "weighting")]
+    settings = ("training.updates=150", "steps.plan=[4,2,1]", "steps.updates=60", "steps.updates_last_two=60")
+    options = ("distillation.learning_rate=1e-3", "metrics=none", f"name={process}")
+    status, _, err = run("distill.py", "experiment=smoke", *groups, *settings, *options)
+    assert status == 0, err
+    directory = workplace / "outputs" / process
+    losses = read_losses(directory)["teacher"]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    teacher, student = (Denoiser.load(directory / stage / "denoiser") for stage in ("teacher", "steps-0001"))
+    noise = sample_noise(0, range(64), (1, 8, 8))
+    theirs, ours = sample(teacher, noise, 4), sample(student, noise, 1)
+    assert ours.isfinite().all() and ours.std() > 0.2
+    untaught = sample(teacher, noise, 1)
+    assert (ours - theirs).square().mean() < 0.7 * (untaught - theirs).square().mean()

@@ -21,7 +21,6 @@ from pdistill.interop.diffusers import Pipeline, is_pipeline
 from pdistill.processes import is_main
 
 Model = Denoiser | Pipeline
-FORMER_TARGETS = {"pdistill.huggingface.load": "pdistill.dataset.huggingface.load"}  # of version 0.1.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def dataset_of_run(run: Path) -> ImageSet:
     whole: Any = OmegaConf.to_container(run_directory.config_of(run))
     config: dict[str, Any] = whole.get("dataset") or {}
     target = str(config.get("_target_"))
-    part = _known_datasets().get(FORMER_TARGETS.get(target, target))
+    part = _known_datasets().get(target)
     if part is None:
         raise UserError(
             f"{run}/config.yaml names the dataset {target}, which is neither built in nor registered: give "

@@ -49,6 +49,12 @@ UNCOMPARED = (
     "allow_unstable",
 )
 BY_CONTENT = ("teacher", "dataset.path", "dataset.cache", "start")  # paths: what they lead to is compared instead
+FORMER_TARGETS = {
+    "pdistill.huggingface.load": "pdistill.dataset.huggingface.load",
+    "pdistill.extractors.train_classifier": "pdistill.metrics.extractors.train_classifier",
+    "pdistill.extractors.inception": "pdistill.metrics.extractors.inception",
+    "pdistill.logger.wandb_logger": "pdistill.training.logger.wandb_logger",
+}
 LONGEST_NAME = 120  # W&B takes 128 characters
 SWEPT = "PDISTILL_SWEPT"  # of a sweep's jobs, in whatever process: the keys that differ between them
 
@@ -186,9 +192,11 @@ def digest_of_denoiser(directory: str | None) -> str | None:
 
 
 def config_of(directory: Path) -> DictConfig:
-    """The configuration of a run. Raises UserError where there is none, or it is damaged."""
+    """The configuration of a run, in today's words. Raises UserError where there is none, or it is damaged."""
     try:
-        config = OmegaConf.load(directory / "config.yaml")
+        loaded = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+        _with_todays_targets(loaded)
+        config = OmegaConf.create(loaded)  # type: ignore[arg-type]
     except FileNotFoundError as error:
         raise UserError(f"{directory} is no run: it holds no config.yaml") from error
     except Exception as error:  # YAML's own, of many kinds
@@ -196,6 +204,15 @@ def config_of(directory: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{directory / 'config.yaml'} is damaged: restore it, or delete the run")
     return config
+
+
+def _with_todays_targets(node: Any) -> None:
+    """Replaces, in place, what version 0.1.0 named by where it was."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            _with_todays_targets(value)
+        elif key in ("_target_", "path") and value in FORMER_TARGETS:
+            node[key] = FORMER_TARGETS[value]
 
 
 def facts_of(directory: Path) -> dict[str, Any]:
@@ -233,6 +250,8 @@ class Writing:
         self.lock = None
         if not is_main():
             return
+        if not cfg.overwrite:
+            check_data(directory, data)
         directory.parent.mkdir(parents=True, exist_ok=True)
         self.lock = (directory.parent / f".{directory.name}.lock").open("w")
         try:
@@ -243,7 +262,6 @@ class Writing:
             ) from error
         if cfg.overwrite and (directory / "config.yaml").exists():
             shutil.rmtree(directory)
-        check_data(directory, data)
         directory.mkdir(exist_ok=True)
         if not (directory / "run.json").exists():
             hydra = HydraConfig.get() if HydraConfig.initialized() else None

@@ -17,19 +17,18 @@ from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from pdistill import network as networks
 from pdistill.commands import run_directory
+from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, check_teacher, new_denoiser
 from pdistill.commands.settings import Distill, Train
 from pdistill.commands.timing import time_stages
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
-from pdistill.errors import Interrupted, UserError
+from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
 from pdistill.metrics.curve import measure_teacher
 from pdistill.metrics.extractors import build
 from pdistill.metrics.fid import FID
-from pdistill.processes import barrier, is_main
-from pdistill.randomness import seed_of
+from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
@@ -37,14 +36,13 @@ from pdistill.steps import Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
-from pdistill.training.logger import close, log_stage, log_summary
+from pdistill.training.logger import closing, log_stage, log_summary, metric_prefix
 from pdistill.training.module import DenoisingModule, Recipe
 from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
 GRID_IMAGES = 64
 NEIGHBOURS_OF = 12  # samples
-NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
 
 
 @dataclass
@@ -118,80 +116,6 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             log_summary(job.loggers, rows, directory / "comparison.png")
             page.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
-        barrier()
-
-
-def new_denoiser(settings: Train, data: ImageSet) -> Denoiser:
-    """An untrained denoiser of the configured kind that fits the data; its weights depend on the seed alone."""
-    parameterization, schedule = instantiate(settings.parameterization), instantiate(settings.schedule)
-    channels, height, width = data.image_shape
-    if settings.conditional and data.labels is None:
-        raise UserError(f"conditional=true needs labels, and {data.name} has none: one sub-folder for each class")
-    num_classes = data.num_classes if settings.conditional else None
-    torch.manual_seed(seed_of("network", settings.seed))
-    part = instantiate(settings.network)
-    if not isinstance(part, torch.nn.Module):
-        part = networks.build(
-            part,
-            image_size=height,
-            image_channels=channels,
-            out_channels=parameterization.channels(channels),
-            num_classes=None if num_classes is None else num_classes + bool(settings.label_dropout),
-        )
-    null_label = num_classes if settings.label_dropout else None
-    denoiser = Denoiser(part, parameterization, schedule, null_label=null_label, image_shape=(channels, height, width))
-    denoiser.check_storable()
-    if settings.start is not None:
-        start = Denoiser.load(Path(settings.start).expanduser())
-        _refuse_differences(f"start={settings.start}", denoiser, start)
-        denoiser.load_state_dict(start.state_dict())
-    return denoiser
-
-
-def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
-    """Refuses a parameterization that divides by alpha where log-SNR ends at `floor` or below."""
-    terminal = denoiser.schedule(torch.ones(1, dtype=torch.float64))
-    stable = getattr(denoiser.parameterization, "stable_at_zero_snr", True)
-    if settings.allow_unstable or stable or terminal > floor:
-        return
-    alpha = float(denoiser.schedule.alpha_sigma(terminal)[0])
-    done = "distilled" if isinstance(settings, Distill) else "trained"
-    raise UserError(
-        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR "
-        f"{float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use parameterization=x, "
-        f"x_eps or v, or allow_unstable=true to try all the same"
-    )
-
-
-def check_teacher(settings: Distill, template: Denoiser, teacher: Denoiser) -> None:
-    """A given teacher that is what the configuration says."""
-    _refuse_differences(f"teacher={settings.teacher}", template, teacher)
-    if teacher.num_steps is not None and teacher.num_steps != settings.steps.plan[0]:
-        raise UserError(
-            f"teacher={settings.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "
-            f"{settings.steps.plan[0]}: start the plan at {teacher.num_steps}"
-        )
-
-
-def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
-    ours, theirs = template.architecture, given.architecture
-    wrong = [
-        f"{k} {theirs[k]!r}, configured {ours[k]!r}"
-        for k in ("parameterization", "schedule", "null_label", "image_shape")
-        if ours[k] != theirs[k]
-    ]
-    wrong = [w.replace("{'name': ", "").replace("}", "") for w in wrong]
-    keys = ours["network"].keys() | theirs["network"].keys()
-    wrong += [
-        f"network.{k} {theirs['network'].get(k)}, configured {ours['network'].get(k)}"
-        for k in sorted(keys)
-        if ours["network"].get(k) != theirs["network"].get(k)
-    ]
-    if wrong:
-        raise UserError(
-            f"{what} differs from the configuration: it has {'; '.join(wrong)}. Set conditional, "
-            f"label_dropout and the groups parameterization, schedule, network and dataset to what it was trained with"
-        )
 
 
 def _check(settings: Train, sections: list[Optimization]) -> None:
@@ -225,23 +149,23 @@ def _open(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> 
     start_processes(trainer)
     device = trainer.strategy.root_device
     loggers: list[Logger] = []
-    status = "failed"
     try:
-        loggers = [instantiate(settings.logger)] if settings.logger else []
-        for logger in loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        yield Job(settings, directory, data, fid, loggers, device)
-        status = "success"
-    except Interrupted:
-        status = "interrupted"
-        raise
+        loggers += [instantiate(settings.logger)] if settings.logger else []
+        with closing(loggers):
+            for logger in loggers:
+                logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            yield Job(settings, directory, data, fid, loggers, device)
     finally:
-        close(loggers, status)
         writing.close()
 
 
+def _is_trained(stage: Path) -> bool:
+    """As the main process sees it: file systems of clusters tell the others late."""
+    return of_main((stage / "denoiser").exists())
+
+
 def _train_teacher(job: Job, teacher: Denoiser) -> None:
-    if not (job.directory / "teacher" / "denoiser").exists():
+    if not _is_trained(job.directory / "teacher"):
         section = job.settings.training
         module = TeacherModule(teacher, job.recipe(section))
         _fit(job, module, "teacher", section.batch_size, (section.updates, job.settings.steps.plan[0]))
@@ -249,7 +173,7 @@ def _train_teacher(job: Job, teacher: Denoiser) -> None:
 
 def _distill_stage(job: Job, method: Any, stage: Stage, results: list[Path]) -> None:
     """One student: it starts from the stage before, and learns from the stage that the plan names."""
-    if (job.directory / stage.name / "denoiser").exists():
+    if _is_trained(job.directory / stage.name):
         return
     section = job.settings.distillation  # type: ignore[attr-defined]
     start, teacher = (Denoiser.load(results[k] / "denoiser") for k in (-1, stage.teacher))
@@ -280,8 +204,8 @@ def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: 
 def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) -> dict[str, Any]:
     """Samples and measures a stage's denoiser, and writes samples.png and, last, metrics.json. Returns the row."""
     directory = job.directory / name
-    found = read_json(directory / "metrics.json")
-    if isinstance(found, dict):
+    found = of_main(read_json(directory / "metrics.json") if is_main() else None)
+    if found is not None:
         return found
     denoiser = Denoiser.load(directory / "denoiser").to(job.device)
     row: dict[str, Any] = {"stage": name, "num_steps": num_steps}
@@ -289,15 +213,23 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
         row[job.fid.name] = job.fid.measure(denoiser, num_steps, job.device)
         row["num_samples"] = job.fid.num_samples
         row["provenance"] = job.fid.provenance(denoiser, num_steps)
+    grid = _grid(job, denoiser, num_steps)
     if is_main():
         row |= {**facts, "denoiser": f"{name}/denoiser"}
         row |= dict(read_json(directory / "cost.json", {}))  # type: ignore[call-overload]  # absent for a given teacher
-        grid = generate(denoiser, range(GRID_IMAGES), Draw(num_steps, job.settings.seed), job.device)
-        save_grid(torch.cat(list(grid)).cpu(), directory / "samples.png")
+        save_grid(torch.stack(grid), directory / "samples.png")
         log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
         write_json(directory / "metrics.json", row)
     barrier()
     return row
+
+
+def _grid(job: Job, denoiser: Denoiser, num_steps: int) -> list[torch.Tensor]:
+    """The images (C, H, W) of samples.png, drawn by all processes together: many steps take long."""
+    mine = range(rank(), GRID_IMAGES, world_size())
+    drawn = generate(denoiser, mine, Draw(num_steps, job.settings.seed), job.device)
+    parts = gather([image for batch in drawn for image in batch.cpu()])
+    return [parts[i % len(parts)][i // len(parts)] for i in range(GRID_IMAGES)]
 
 
 def _time(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -338,8 +270,3 @@ def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
     samples = torch.cat(list(drawn))
     rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)
     save_grid(rows.flatten(0, 1).cpu(), job.directory / "neighbours.png", nrow=NEIGHBOURS_OF)
-
-
-def metric_prefix(stage_name: str) -> str:
-    """ "steps-0016" -> "steps_0016", the name under which its scalars are logged."""
-    return stage_name.replace("-", "_")

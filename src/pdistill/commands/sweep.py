@@ -191,7 +191,7 @@ def _config(directory: Path) -> Config | None:
 
 def _finished(directory: Path) -> bool:
     """Whether the file is there that the run writes last."""
-    last = "summary.json" if "distillation" in (_config(directory) or {}) else "teacher/metrics.json"
+    last = "summary.json" if "teacher" in (_config(directory) or {}) else "teacher/metrics.json"
     return (directory / last).exists()
 
 
@@ -201,7 +201,7 @@ def _of_wandb(run: Any) -> Found:
     if "parameterization" not in config:
         return Found(run.name, {}, {}, "no run of pdistill", elsewhere=[])
     plan = (config.get("steps") or {}).get("plan") or [None]
-    last = f"steps-{plan[-1]:04d}" if "distillation" in config and isinstance(plan[-1], int) else "teacher"
+    last = f"steps-{plan[-1]:04d}" if "teacher" in config and isinstance(plan[-1], int) else "teacher"
     finished = any(stage["stage"] == last for stage in stages)
     state = "" if run.state == "finished" else f" ({run.state})"
     return Found(run.name, config, {}, None if finished else NOT_FINISHED + state, elsewhere=stages)

@@ -36,7 +36,7 @@ def time_stages(
     with bar((), "seconds per image", 2 + ROUNDS * len(denoisers), "batch") as progress:
         seconds(0, 1)
         evaluation = seconds(0, 1)
-        most = max(1, int(BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6)))
+        most = max(1, int(min(1e9, BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6))))
         steps = [min(n, most) for n in num_steps]
         timed = [[seconds(k, n) * num_steps[k] / n for k, n in enumerate(steps)] for _ in range(ROUNDS)]
     rows = []

@@ -1,0 +1,88 @@
+"""The denoiser that a configuration describes, and whether a given one, or a schedule, goes with it."""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+
+from pdistill import network as networks
+from pdistill.commands.settings import Distill, Train
+from pdistill.dataset import ImageSet
+from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError
+from pdistill.randomness import seed_of
+
+NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
+
+
+def new_denoiser(settings: Train, data: ImageSet) -> Denoiser:
+    """An untrained denoiser of the configured kind that fits the data; its weights depend on the seed alone."""
+    parameterization, schedule = instantiate(settings.parameterization), instantiate(settings.schedule)
+    channels, height, width = data.image_shape
+    if settings.conditional and data.labels is None:
+        raise UserError(f"conditional=true needs labels, and {data.name} has none: one sub-folder for each class")
+    num_classes = data.num_classes if settings.conditional else None
+    torch.manual_seed(seed_of("network", settings.seed))
+    part = instantiate(settings.network)
+    if not isinstance(part, torch.nn.Module):
+        part = networks.build(
+            part,
+            image_size=height,
+            image_channels=channels,
+            out_channels=parameterization.channels(channels),
+            num_classes=None if num_classes is None else num_classes + bool(settings.label_dropout),
+        )
+    null_label = num_classes if settings.label_dropout else None
+    denoiser = Denoiser(part, parameterization, schedule, null_label=null_label, image_shape=(channels, height, width))
+    denoiser.check_storable()
+    if settings.start is not None:
+        start = Denoiser.load(Path(settings.start).expanduser())
+        _refuse_differences(f"start={settings.start}", denoiser, start)
+        denoiser.load_state_dict(start.state_dict())
+    return denoiser
+
+
+def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
+    """Refuses a parameterization that divides by alpha where log-SNR ends at `floor` or below."""
+    terminal = denoiser.schedule(torch.ones(1, dtype=torch.float64))
+    stable = getattr(denoiser.parameterization, "stable_at_zero_snr", True)
+    if settings.allow_unstable or stable or terminal > floor:
+        return
+    alpha = float(denoiser.schedule.alpha_sigma(terminal)[0])
+    done = "distilled" if isinstance(settings, Distill) else "trained"
+    raise UserError(
+        f"parameterization={denoiser.parameterization.name} cannot be {done} with a schedule that ends at log-SNR "
+        f"{float(terminal):g}: x_hat = (z - sigma eps) / alpha divides by alpha = {alpha:.2g}. Use parameterization=x, "
+        f"x_eps or v, or allow_unstable=true to try all the same"
+    )
+
+
+def check_teacher(settings: Distill, template: Denoiser, teacher: Denoiser) -> None:
+    """A given teacher that is what the configuration says."""
+    _refuse_differences(f"teacher={settings.teacher}", template, teacher)
+    if teacher.num_steps is not None and teacher.num_steps != settings.steps.plan[0]:
+        raise UserError(
+            f"teacher={settings.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "
+            f"{settings.steps.plan[0]}: start the plan at {teacher.num_steps}"
+        )
+
+
+def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
+    ours, theirs = template.architecture, given.architecture
+    wrong = [
+        f"{k} {theirs[k]!r}, configured {ours[k]!r}"
+        for k in ("parameterization", "schedule", "null_label", "image_shape")
+        if ours[k] != theirs[k]
+    ]
+    wrong = [w.replace("{'name': ", "").replace("}", "") for w in wrong]
+    keys = ours["network"].keys() | theirs["network"].keys()
+    wrong += [
+        f"network.{k} {theirs['network'].get(k)}, configured {ours['network'].get(k)}"
+        for k in sorted(keys)
+        if ours["network"].get(k) != theirs["network"].get(k)
+    ]
+    if wrong:
+        raise UserError(
+            f"{what} differs from the configuration: it has {'; '.join(wrong)}. Set conditional, "
+            f"label_dropout and the groups parameterization, schedule, network and dataset to what it was trained with"
+        )
