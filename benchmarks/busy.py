@@ -48,9 +48,7 @@ class Worker:
 
     def __init__(self, setting: str) -> None:
         self.setting = setting
-        inherited = {
-            key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))
-        }
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(OPENMP)}
         chosen = dict(part.split("=", 1) for part in setting.split() if "=" in part)
         command = [sys.executable, __file__, "--worker"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
-from tqdm import tqdm
+from pdistill.bars import bar
 
-MODULES = ("pdistill", "pdistill.dataset", "pdistill.denoiser")
+MODULES = ("pdistill", "pdistill.dataset", "pdistill.denoiser", "pdistill.training.fit")
+TARGETS = {"import pdistill": 0.3}  # seconds
 IMPORT = "import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
 COMMAND = "import sys; sys.argv[0] = 'pdistill'; from pdistill.commands.cli import main; main()"
 
@@ -40,15 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="processes for each row (default 7)")
     runs = parser.parse_args().runs
-    rows = {
-        f"import {module}": (import_seconds, module) for module in ("pdistill", "pdistill.dataset", "pdistill.denoiser")
-    }
-    rows["pdistill --help"] = (command_seconds, "--help")
-    print(f"{'':<24}{'median, s':>10}{'from':>8}{'to':>8}")
+    rows = {f"import {module}": (import_seconds, module) for module in MODULES}
+    rows |= {f"pdistill {option}": (command_seconds, option) for option in ("--version", "--help")}
+    print(f"{'':<30}{'median, s':>10}{'from':>8}{'to':>8}", flush=True)
     for name, (measure, argument) in rows.items():
         measure(argument)  # once for compiled files and the disk's cache
-        seconds = [measure(argument) for _ in tqdm(range(runs), desc=name, leave=False)]
-        print(f"{name:<24}{statistics.median(seconds):>10.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}", flush=True)
+        seconds = [measure(argument) for _ in bar(range(runs), name, unit="process")]
+        median, target = statistics.median(seconds), TARGETS.get(name)
+        verdict = "" if target is None else f"  {'within' if median < target else 'ABOVE'} the target of {target} s"
+        print(f"{name:<30}{median:>10.3f}{min(seconds):>8.3f}{max(seconds):>8.3f}{verdict}", flush=True)
 
 
 if __name__ == "__main__":

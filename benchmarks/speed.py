@@ -1,46 +1,113 @@
-"""What the framework costs, as ratios measured in one process: `make bench`.
+"""What the framework costs, as ratios measured in one process: `python benchmarks/speed.py`, or `make bench`.
 
-Each pair of contenders takes turns, and the ratio is that of the medians over all their steps.
+The two sides of a ratio take turns, and it is that of the medians over all their repetitions. Rows appear as they are
+measured; with `--quick` (the digits network alone, fewer rounds) all are there in one or two minutes. Measure on an
+otherwise quiet machine. `--json FILE` keeps every repetition in seconds.
 """
 
+import argparse
 import copy
-import logging
 import platform
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from lightning import Callback, Fabric, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
-from rich.table import Table
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pdistill.commands.evaluate import Contender, Evaluation
-from pdistill.dataset import ImageSet
-from pdistill.dataset.batches import ImageDataModule, to_float, to_uint8
+from pdistill.bars import bar
+from pdistill.commands.contenders import Contender
+from pdistill.commands.evaluate import Evaluation
+from pdistill.commands.settings import Evaluate, conf
+from pdistill.dataset import ImageSet, digits
+from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.denoiser import Denoiser
-from pdistill.metrics.distances import FrechetDistance
-from pdistill.metrics.reference import generate
+from pdistill.files import write_json
+from pdistill.metrics.distances import FrechetDistance, moments
+from pdistill.metrics.extractors import train_classifier
+from pdistill.metrics.settings import Metrics
 from pdistill.parameterization import X
-from pdistill.sampling import sample
-from pdistill.schedule import CosineSchedule, alpha_sigma
-from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
+from pdistill.sampling import Draw, generate, sample
+from pdistill.schedule import CosineSchedule
+from pdistill.steps import Stage
+from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
-from pdistill.training.module import DenoisingModule
+from pdistill.training.fit import FitSettings, fit
+from pdistill.training.module import DenoisingModule, Recipe
+from pdistill.training.settings import Distillation, Training
 from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import truncated_snr
 
-warnings.filterwarnings("ignore")
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 WARM_UP = 3  # steps of every round that are not counted
-CONF = Path(__file__).parent.parent / "conf"
+EMA = 0.999
+LOADED = 128  # images of a batch of the loader
+FID_SAMPLES, FID_FEATURES = 10_000, 2048  # Inception's features
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, and how often what is measured with it."""
+
+    network: str
+    size: int
+    channels: int
+    batch: int
+    steps: int
+    """Of a training, in every round."""
+    rounds: int
+    evaluations: int
+    """Of the network in a sampling."""
+    samplings: int
+    """In every round."""
+    limit: float
+    """Of the training step over the bare loop's."""
+
+
+DIGITS = Case("digits", 8, 1, batch=64, steps=60, rounds=6, evaluations=16, samplings=20, limit=1.10)
+CIFAR10 = Case("cifar10", 32, 3, batch=4, steps=4, rounds=3, evaluations=4, samplings=3, limit=1.03)
+QUICK = Case("digits", 8, 1, batch=64, steps=30, rounds=2, evaluations=16, samplings=4, limit=1.10)
+
+
+@dataclass
+class Results:
+    """Prints every row when it is measured, and keeps the seconds in a file, if one is given."""
+
+    file: Path | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        print(f"{machine()['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
+        print(f"{'network':<9}{'ratio':<40}{'measured':>9}{'limit':>11}{'ours, ms':>11}{'theirs, ms':>12}", flush=True)
+
+    def ratio(self, network: str, what: str, limit: object, ours: list[float], theirs: list[float]) -> None:
+        a, b = statistics.median(ours), statistics.median(theirs)
+        row = f"{network:<9}{what:<40}{a / b:>9.3f}{limit!s:>11}{1000 * a:>11.1f}{1000 * b:>12.1f}"
+        self._add(row, network=network, ratio=what, limit=str(limit), ours=ours, theirs=theirs)
+
+    def seconds(self, what: str, values: list[float]) -> None:
+        row = f"{'':<9}{what:<40}{'':>9}{'':>11}{1000 * statistics.median(values):>11.1f}"
+        self._add(row, seconds=what, ours=values)
+
+    def _add(self, row: str, **kept: Any) -> None:
+        print(row, flush=True)
+        self.rows.append(kept)
+        if self.file is not None:
+            write_json(self.file, {"machine": machine(), "rows": self.rows})
+
+
+def machine() -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    return {"processor": processor, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 class Clock(Callback):
@@ -49,107 +116,17 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self.ends.append(time.perf_counter())
 
-    def steps(self) -> list[float]:
-        return [b - a for a, b in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False)]
 
-
-def denoiser(network: str, size: int, channels: int) -> Denoiser:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        network = instantiate(compose("train", [f"network={network}", "name=bench"]).network)
-    return Denoiser(network(size, channels, channels), X(), CosineSchedule()).train()
-
-
-def fit(module: DenoisingModule, data: ImageSet, batch_size: int, steps: int) -> list[float]:
-    """Steps of Lightning's loop with the callbacks and the logger that training has."""
-    with tempfile.TemporaryDirectory() as directory:
-        log, clock = TrainingLog("bench", batch_size), Clock()
-        checkpoint = ResumableCheckpoint(Path(directory) / "last.ckpt", 10**9, log)
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=CSVLogger(directory),
-            callbacks=[log, checkpoint, clock],
-            max_epochs=-1,
-            max_steps=steps + WARM_UP + 1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=50,
-        )
-        trainer.fit(module, ImageDataModule(data, batch_size, 0, 0))
-    return clock.steps()
-
-
-def bare_teacher(model: Denoiser, data: ImageSet, batch_size: int, steps: int) -> list[float]:
-    """The same teacher step as a plain loop: batch, loss, clipping, AdamW, EMA; nothing logged."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999)).requires_grad_(False)
-    ends = []
-    for _ in range(steps + WARM_UP + 1):
-        x = to_float(data.images[torch.randint(len(data.images), (batch_size,))])
-        t = torch.rand(batch_size)
-        logsnr = model.schedule(t)
-        alpha, sigma = (a.view(-1, 1, 1, 1) for a in alpha_sigma(logsnr))
-        x_hat = model(alpha * x + sigma * torch.randn_like(x), t)
-        loss = (truncated_snr(logsnr) * (x_hat - x).square().mean((1, 2, 3))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.update_parameters(model)
-        ends.append(time.perf_counter())
+def between(ends: list[float]) -> list[float]:
+    """Seconds of the steps, without those that warm up."""
     return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
 
 
-def loaded(size: int, channels: int, batch_size: int, steps: int) -> list[float]:
-    """Seconds for each batch that the loader gives, from a dataset of CIFAR-10's size, flipped and as floats."""
-    images = torch.randint(0, 256, (50_000, channels, size, size), dtype=torch.uint8)
-    batches = iter(ImageSet("noise", images, flips=True).batches(batch_size, 0, 0))
-    return timed(lambda: to_float(next(batches)["image"]), steps)
-
-
-def evaluation() -> tuple[float, float]:
-    """Seconds for a row of evaluate.py, and for its samples and their features alone: 3,000 digits at 16 steps."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("evaluate", ["denoiser=none", "metrics.num_samples=3000"])
-    fabric = Fabric(accelerator="cpu", devices=1)
-    measured, model = Evaluation(cfg, instantiate(cfg.dataset), fabric), denoiser("digits", 8, 1).eval()
-    torch.nn.init.normal_(model.network.conv_out.weight)  # else all samples are alike
-
-    def alone() -> None:
-        with torch.inference_mode():
-            for images in generate(model, range(3000), 16, 0, 250):
-                measured.extractor(to_uint8(images))
-
-    def row() -> None:
-        measured.figures(model, Contender("bench", "none", "ddim", 16))
-
-    row(), alone()
-    return compare(lambda: timed(row, 1), lambda: timed(alone, 1), 3)
-
-
-def frechet(dimensions: int = 2048, samples: int = 10_000) -> tuple[float, float]:
-    """Seconds for the root of the reference's covariance, taken once, and for each FID after it."""
-    random = torch.Generator().manual_seed(0)
-    real, fake = (torch.randn(samples, dimensions, generator=random, dtype=torch.float64) for _ in range(2))
-    start = time.perf_counter()
-    distance = FrechetDistance(real.mean(0), torch.cov(real.T))
-    root = time.perf_counter() - start
-    (each,) = timed(lambda: distance(fake), 1)
-    return root, each
-
-
-def compare(ours: Callable[[], list[float]], theirs: Callable[[], list[float]], rounds: int) -> tuple[float, float]:
-    """The medians of both, taking turns."""
-    a, b = [], []
-    for _ in range(rounds):
-        a += ours()
-        b += theirs()
-    return statistics.median(a), statistics.median(b)
-
-
 def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -158,56 +135,162 @@ def timed(call: Callable[[], object], repeats: int) -> list[float]:
     return seconds
 
 
+def in_turns(
+    ours: Callable[[], list[float]], theirs: Callable[[], list[float]], rounds: int, title: str
+) -> tuple[list[float], list[float]]:
+    """What both measure, taking turns."""
+    a, b = [], []
+    for _ in bar(range(rounds), title, unit="round"):
+        a += ours()
+        b += theirs()
+    return a, b
+
+
+def new_denoiser(case: Case) -> Denoiser:
+    with initialize_config_dir(str(conf()), version_base="1.3"):
+        part = instantiate(compose("train", [f"network={case.network}", "name=bench"]).network)
+    torch.manual_seed(0)
+    denoiser = Denoiser(part(case.size, case.channels, case.channels), X(), CosineSchedule())
+    torch.nn.init.normal_(denoiser.network.conv_out.weight)  # else all samples are alike
+    return denoiser
+
+
+def fitted(module: DenoisingModule, data: ImageSet, case: Case) -> list[float]:
+    """Steps as a stage of a run makes them: Lightning's loop, all callbacks, a logger."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        settings = FitSettings(
+            directory=Path(directory) / "stage",
+            prefix="bench",
+            updates=case.steps + WARM_UP + 1,
+            num_steps=8,
+            trainer=partial(Trainer, accelerator="cpu", devices=1, log_every_n_steps=50),
+            loggers=[CSVLogger(directory)],
+            callbacks=[clock],
+            checkpoint_every_n_updates=10**9,
+            progress_bar=False,
+        )
+        fit(module, ImageDataModule(data, case.batch, seed=0, stage=module.stage_index), settings)
+    return between(clock.ends)
+
+
+def bare(model: Denoiser, data: ImageSet, case: Case) -> list[float]:
+    """The teacher's step as a plain loop: batch, loss, clipping, AdamW, EMA; nothing logged."""
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA)).requires_grad_(False)
+    ends = []
+    for _ in range(case.steps + WARM_UP + 1):
+        x = to_float(data.images[torch.randint(len(data.images), (case.batch,))])
+        t = torch.rand(case.batch)
+        logsnr = model.schedule(t)
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in model.schedule.alpha_sigma(logsnr))
+        x_hat = model(alpha * x + sigma * torch.randn_like(x), t)
+        loss = (truncated_snr(logsnr) * (x_hat - x).square().mean((1, 2, 3))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(model)
+        ends.append(time.perf_counter())
+    return between(ends)
+
+
+def loaded(case: Case, batches: int = 50) -> list[float]:
+    """Seconds for an image that the loader gives, from a dataset of CIFAR-10's size, flipped and as floats."""
+    images = torch.randint(0, 256, (50_000, case.channels, case.size, case.size), dtype=torch.uint8)
+    stream = iter(ImageSet("noise", images, flips=True).batches(LOADED, 0, 0))
+    return [seconds / LOADED for seconds in timed(lambda: to_float(next(stream)["image"]), batches)]
+
+
+def training(case: Case, results: Results) -> None:
+    """A step of training against a bare loop, of distillation against training, and the loader against both."""
+    torch.manual_seed(0)
+    shape = (512, case.channels, case.size, case.size)
+    data, model = ImageSet("noise", torch.randint(0, 256, shape, dtype=torch.uint8)), new_denoiser(case)
+
+    def teacher(ema: float | None) -> list[float]:
+        settings = Training(batch_size=case.batch, ema_decay=ema, warmup_updates=0)
+        return fitted(TeacherModule(model, Recipe(settings, truncated_snr)), data, case)
+
+    def distillation() -> list[float]:
+        stage = Stage(index=1, num_steps=8, teacher=0, teacher_steps=2, updates=case.steps + WARM_UP + 1)
+        recipe = Recipe(Distillation(batch_size=case.batch), truncated_snr)
+        return fitted(DistillationModule(copy.deepcopy(model), stage, recipe), data, case)
+
+    what = "Lightning teacher step / bare loop"
+    framework, loop = in_turns(lambda: teacher(EMA), lambda: bare(model, data, case), case.rounds, what)
+    results.ratio(case.network, what, case.limit, framework, loop)
+    images = [seconds / case.batch for seconds in framework]
+    results.ratio(case.network, "images/s of the loader / of training", "5 or more", images, loaded(case))
+    what = "distillation step / teacher step"
+    results.ratio(case.network, what, 1.75, *in_turns(distillation, lambda: teacher(None), case.rounds, what))
+
+
+def sampling(case: Case, results: Results) -> None:
+    """`sample` against the network evaluations alone."""
+    model = new_denoiser(case).eval()
+    noise = torch.randn(case.batch, case.channels, case.size, case.size)
+    t = torch.full((case.batch,), 500.0)
+
+    @torch.inference_mode()
+    def evaluations() -> None:
+        for _ in range(case.evaluations):
+            model.network(noise, t)
+
+    what = f"sample() / its {case.evaluations} network evaluations"
+    ours, theirs = in_turns(
+        lambda: timed(lambda: sample(model, noise, case.evaluations), case.samplings),
+        lambda: timed(evaluations, case.samplings),
+        case.rounds,
+        what,
+    )
+    results.ratio(case.network, what, 1.03, ours, theirs)
+
+
+def evaluation(case: Case, results: Results, num_samples: int, rounds: int) -> None:
+    """A row of evaluate against its samples and their features alone, of digits."""
+    metrics = Metrics(extractor=train_classifier, num_samples=num_samples)
+    measured = Evaluation(Evaluate(metrics=metrics), digits(), torch.device("cpu"))
+    model, contender = new_denoiser(case).eval(), Contender("bench", "none", "ddim", case.evaluations)
+
+    @torch.inference_mode()
+    def alone() -> None:
+        for images in generate(model, range(num_samples), Draw(case.evaluations)):
+            measured.extractor(to_uint8(images))
+
+    def row() -> None:
+        measured.metrics(model, contender)
+
+    alone()
+    what = "evaluate's row / samples and features"
+    results.ratio("digits", what, 1.05, *in_turns(lambda: timed(row, 1), lambda: timed(alone, 1), rounds, what))
+
+
+def frechet(results: Results, repeats: int) -> None:
+    """The root of the reference's covariance, taken once, and each FID after it."""
+    random = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(FID_SAMPLES, FID_FEATURES, generator=random) for _ in range(2))
+    mean, covariance = moments(real)
+    of = f"{FID_SAMPLES:,} at {FID_FEATURES} features"
+    results.seconds("FID's root of the reference, once", timed(lambda: FrechetDistance(mean, covariance), repeats))
+    distance = FrechetDistance(mean, covariance)
+    results.seconds(f"FID of {of}", timed(lambda: distance.of(fake), repeats))
+
+
 def main() -> None:
-    table = Table(title=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
-    for heading in ("network", "ratio", "measured", "limit", "ours, ms", "theirs, ms"):
-        table.add_column(heading)
-
-    def row(network: str, what: str, limit: float | str, ours: float, theirs: float) -> None:
-        table.add_row(network, what, f"{ours / theirs:.3f}", f"{limit}", f"{ours * 1000:.1f}", f"{theirs * 1000:.1f}")
-
-    settings = {"learning_rate": 1e-3}
-    for network, size, channels, batch, steps, rounds, limit in (
-        ("digits", 8, 1, 64, 60, 6, 1.10),
-        ("cifar10", 32, 3, 4, 4, 3, 1.03),
-    ):
-        torch.manual_seed(0)
-        data = ImageSet("noise", torch.randint(0, 256, (512, channels, size, size), dtype=torch.uint8))
-        model = denoiser(network, size, channels)
-
-        def teacher(model=model, data=data, batch=batch, steps=steps) -> list[float]:
-            return fit(TeacherModule(model, truncated_snr, ema_decay=0.999, **settings), data, batch, steps)
-
-        def bare(model=model, data=data, batch=batch, steps=steps) -> list[float]:
-            return bare_teacher(model, data, batch, steps)
-
-        def teacher_without_ema(model=model, data=data, batch=batch, steps=steps) -> list[float]:
-            return fit(TeacherModule(model, truncated_snr, **settings), data, batch, steps)
-
-        def distillation(model=model, data=data, batch=batch, steps=steps) -> list[float]:
-            module = DistillationModule(copy.deepcopy(model), 8, truncated_snr, updates=steps, **settings)
-            return fit(module, data, batch, steps)
-
-        framework, bare_loop = compare(teacher, bare, rounds)
-        row(network, "Lightning teacher step / bare loop", limit, framework, bare_loop)
-        in_training, in_loader = framework / batch, statistics.median(loaded(size, channels, 128, 50)) / 128
-        row(network, "images/s of the loader / of training", "5 or more", in_training, in_loader)
-        row(network, "distillation step / teacher step", 1.75, *compare(distillation, teacher_without_ema, rounds))
-        model = model.eval()
-        noise, t, n = torch.randn(batch, channels, size, size), torch.full((batch,), 500.0), 16 if size == 8 else 4
-
-        def sampled(model=model, noise=noise, n=n) -> list[float]:
-            return timed(lambda: sample(model, noise, n), 20 if n == 16 else 3)
-
-        @torch.no_grad()
-        def evaluated(model=model, noise=noise, n=n, t=t) -> list[float]:
-            return timed(lambda: [model.network(noise, t) for _ in range(n)], 20 if n == 16 else 3)
-
-        row(network, f"sample() / its {n} network evaluations", 1.03, *compare(sampled, evaluated, 4))
-    row("digits", "evaluate.py / its samples and features", 1.05, *evaluation())
-    Console(width=120).print(table)
-    root, each = frechet()
-    print(f"FID of 10,000 samples at 2048 dimensions: the reference's root {root:.1f} s, then {each:.1f} s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the digits network alone, in one or two minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keeps every repetition, in seconds")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    results = Results(options.json)
+    results.begin()
+    for case in (QUICK,) if options.quick else (DIGITS, CIFAR10):
+        training(case, results)
+        sampling(case, results)
+    evaluation(QUICK, results, *((1000, 1) if options.quick else (3000, 3)))
+    frechet(results, 1 if options.quick else 3)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 import zipfile
 
 import lmdb
@@ -146,6 +147,11 @@ def test_a_cache_of_another_transform_or_damaged_is_refused(folder, tmp_path):
     images.write_bytes(images.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"images.bin is damaged: 1151 bytes instead of 1152"):
         image_folder(str(folder), 8, cache=mine)
+    (tmp_path / "mine" / "cache.json").write_text("{")
+    with pytest.raises(UserError, match=r"cache.json is damaged: it is no JSON. Delete \S+/mine to have it made anew"):
+        image_folder(str(folder), 8, cache=mine)
+    shutil.rmtree(tmp_path / "mine")  # as it says
+    image_folder(str(folder), 8, cache=mine)
 
 
 def test_imagenet_from_jpegs_and_from_npz_batches(tmp_path):

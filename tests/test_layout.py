@@ -22,7 +22,17 @@ PACKAGE = ROOT / "src" / "pdistill"
 MATHS = ("schedule", "parameterization", "weighting", "sampling", "target")
 LAYERS = (  # from the bottom; a package imports none of its own layer, flat modules may
     # Settings are plain dataclasses, which whoever is configured by them may name.
-    ("errors", "files", "processes", "randomness", "registry", "training.settings", "metrics.settings"),
+    (
+        "errors",
+        "files",
+        "processes",
+        "randomness",
+        "registry",
+        "bars",
+        "checks",
+        "training.settings",
+        "metrics.settings",
+    ),
     MATHS,
     ("network", "denoiser"),
     ("interop",),
@@ -204,6 +214,11 @@ def _functions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.FunctionDef 
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield inner, child
         yield from _functions(child, inner)
+
+
+def test_every_bar_is_made_in_bars():
+    found = [(module, name, line) for module in MODULES if module.name != "bars" for name, line in module.imports()]
+    _none([f"{module.name}:{line} imports {name}" for module, name, line in found if name.startswith("tqdm")])
 
 
 def test_configuration_stops_in_commands():

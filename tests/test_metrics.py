@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pdistill.dataset import ImageSet, digits
 from pdistill.dataset.batches import to_float, to_uint8
@@ -95,6 +96,18 @@ def test_the_one_fid_batch_by_batch_against_scipy(extractor):
     distance.update(real)
     assert float(distance.compute()) == pytest.approx(0, abs=1e-6)
     assert not distance.state_dict()  # nothing that would go into a checkpoint
+
+
+def test_precision_and_recall_in_parts_are_torch_fidelitys(extractor, monkeypatch):
+    real, fake = extractor(digits().images[:700]), extractor(to_uint8(noisy_digits()))[:500]
+    theirs = prc_features_to_metric(fake, real, prc_neighborhood=3, verbose=False)
+    for part in (64, 10_000):
+        monkeypatch.setattr(distances, "PART", part)
+        ours = distances.precision_and_recall(fake, real)
+        assert {key: ours[key] for key in ("precision", "recall")} == pytest.approx(
+            {key: theirs[key] for key in ("precision", "recall")}, abs=1e-6
+        )
+        assert 0 < ours["precision"] < 1 and 0 < ours["recall"] < 1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9, 10])

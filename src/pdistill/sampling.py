@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pdistill import registry
+from pdistill.bars import bar
 from pdistill.errors import UserError
 from pdistill.parameterization import broadcast
 from pdistill.randomness import sample_noise
@@ -182,23 +183,34 @@ class Draw:
 def generate(denoiser: Any, indices: Sequence[int], draw: Draw, device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """Batches of samples (B, C, H, W) in [-1, 1], image i from noise that depends on (seed, i) alone.
 
-    Raises UserError for samples that are not finite.
+    A bar counts the steps. Raises UserError for samples that are not finite.
     """
-    shape, labels = denoiser.image_shape, draw.labels
+    starts = range(0, len(indices), draw.batch_size)
+    total = len(starts) * draw.num_steps
+    with bar((), f"sampling in {draw.num_steps} steps", total, "step", within=True) as progress:
+        for k, start in enumerate(starts):
+            images = _drawn(denoiser, indices[start : start + draw.batch_size], draw, device, progress.update)
+            progress.update((k + 1) * draw.num_steps - progress.done)  # of samplers that call nobody back
+            yield images
+
+
+def _drawn(
+    denoiser: Any, batch: Sequence[int], draw: Draw, device: torch.device | str, on_step: Callable[[], None]
+) -> Tensor:
+    """One batch of `generate`."""
+    labels = draw.labels
     if labels is None and denoiser.num_classes is not None:
         labels = range(denoiser.num_classes)
-    for start in range(0, len(indices), draw.batch_size):
-        batch = indices[start : start + draw.batch_size]
-        noise = sample_noise(draw.seed, batch, shape).to(device)
-        label = None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)
+    label = None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)
 
-        def step_noise(i: int, batch: Sequence[int] = batch) -> Tensor:
-            return sample_noise(draw.seed, batch, shape, draw=i).to(device)
+    def noise(**key: int) -> Tensor:
+        return sample_noise(draw.seed, batch, denoiser.image_shape, **key).to(device)
 
-        images = sample(denoiser, noise, condition=label, step_noise=step_noise, **draw.options())
-        if not images.isfinite().all():
-            raise UserError(
-                f"samples of {draw.num_steps} steps by {draw.sampler} are not finite (NaN or infinite): the denoiser's "
-                f"weights are not, or this sampler diverges here; train it again, or use sampler=ddim"
-            )
-        yield images
+    hooks: dict[str, Any] = {"step_noise": lambda i: noise(draw=i), "callback": lambda i, z, x_hat: on_step()}
+    images = sample(denoiser, noise(), condition=label, **hooks, **draw.options())
+    if not images.isfinite().all():
+        raise UserError(
+            f"samples of {draw.num_steps} steps by {draw.sampler} are not finite (NaN or infinite): the denoiser's "
+            f"weights are not, or this sampler diverges here; train it again, or use sampler=ddim"
+        )
+    return images

@@ -20,7 +20,6 @@ def draw(settings: Sample, directory: Path) -> Path:
     """The grid's path. Raises UserError where the settings do not fit the denoiser."""
     import torch
     from torchvision.utils import save_image
-    from tqdm import tqdm
 
     from pdistill.denoiser import Denoiser
     from pdistill.files import whole
@@ -37,8 +36,7 @@ def draw(settings: Sample, directory: Path) -> Path:
     plan = Draw(num_steps, labels=_labels(settings, denoiser.num_classes), **options)
     batches = generate(denoiser.to(device), range(settings.num_images), plan, device)
     try:
-        total = -(-settings.num_images // settings.batch_size)
-        images = torch.cat([b.cpu() for b in tqdm(batches, f"{num_steps} steps", total, unit="batch")])
+        images = torch.cat([batch.cpu() for batch in batches])
     except ValueError as error:  # an unknown sampler or variance, guidance without a null label
         raise UserError(str(error)) from error
     default = f"{name_of(directory)}-{num_steps}-steps-seed-{settings.seed}.png"

@@ -13,9 +13,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pdistill import registry
+from pdistill.checks import number, whole
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
-from pdistill.training.settings import Distillation, Steps, Training, number, whole
+from pdistill.training.settings import Distillation, Steps, Training
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
+from pdistill.bars import bar
 from pdistill.denoiser import Denoiser
 from pdistill.randomness import sample_noise
 from pdistill.sampling import sample
@@ -29,14 +29,16 @@ def time_stages(
     def seconds(k: int, steps: int) -> float:
         start = time.perf_counter()
         sample(denoisers[k], inputs[k][0], steps, inputs[k][1]).sum().item()
-        return time.perf_counter() - start
+        taken = time.perf_counter() - start
+        progress.update()  # after the clock was read
+        return taken
 
-    seconds(0, 1)
-    evaluation = seconds(0, 1)
-    most = max(1, int(min(1e9, BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6))))
-    steps = [min(n, most) for n in num_steps]
-    rounds = tqdm(range(ROUNDS), "seconds per image", unit="round", leave=False)
-    timed = [[seconds(k, n) * num_steps[k] / n for k, n in enumerate(steps)] for _ in rounds]
+    with bar((), "seconds per image", 2 + ROUNDS * len(denoisers), "batch") as progress:
+        seconds(0, 1)
+        evaluation = seconds(0, 1)
+        most = max(1, int(min(1e9, BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6))))
+        steps = [min(n, most) for n in num_steps]
+        timed = [[seconds(k, n) * num_steps[k] / n for k, n in enumerate(steps)] for _ in range(ROUNDS)]
     rows = []
     for k, values in enumerate(zip(*timed, strict=True)):
         low, median, high = statistics.quantiles(values, n=4)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+from pdistill.bars import bar
 from pdistill.dataset.images import ImageSet, chained, digest_of_chain
 from pdistill.dataset.pixels import Transform, square_pixels
 from pdistill.dataset.settings import flag, fraction, location, reason, shown
@@ -29,8 +29,7 @@ from pdistill.files import cache_directory, digest_of, locked, read_json, write_
 from pdistill.processes import is_main
 
 FORMAT = 2  # 1: pdistill 0.1.0, which knew neither EXIF nor transparency nor 16 bits
-CHUNK = 1024  # images between two notes of progress
-LONG = 2000  # images, from which on a progress bar is worth having
+CHUNK = 256  # images between two notes of progress
 IN_MEMORY = 2 * 1024**3  # bytes; larger caches stay on disk
 
 
@@ -127,7 +126,7 @@ def _locked(directory: Path) -> Iterator[Any]:
 def _is_complete(directory: Path, made_by: dict) -> bool:
     """Raises UserError for a cache, or the beginning of one, that was made otherwise."""
     for file in ("cache.json", "progress.json"):
-        content = read_json(directory / file)
+        content = _json(directory / file)
         if content is None:
             continue
         theirs = content.get("made_by") if isinstance(content, dict) else None
@@ -145,7 +144,7 @@ def _is_complete(directory: Path, made_by: dict) -> bool:
 
 def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
     """(images, labels, digest). The pixels are read again only if the file was touched since it was written."""
-    description: Any = read_json(directory / "cache.json")
+    description = _json(directory / "cache.json")
     shape, file = tuple(description["shape"]), directory / "images.bin"
     size = file.stat().st_size if file.exists() else 0
     if size != np.prod(shape):
@@ -166,15 +165,33 @@ def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
     return images, labels, description["digest"]
 
 
+def _json(file: Path) -> Any:
+    """The content; None where there is no file. To delete a damaged one alone would not help."""
+    try:
+        return read_json(file)
+    except UserError as error:
+        raise _damaged(file, "it is no JSON") from error
+
+
 def _damaged(file: Path, problem: str) -> UserError:
     return UserError(f"{shown(file)} is damaged: {problem}. Delete {shown(file.parent)} to make it again")
 
 
 def _chain_of(images: np.ndarray) -> bytes:
     chain = b""
-    for image in tqdm(images, desc="checking the cache of images", unit="image", delay=2, disable=not is_main()):
+    for image in bar(images, "checking the cache of images", unit="image"):
         chain = chained(chain, hashlib.sha256(image.data).digest())
     return chain
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each processor; whoever interrupts them does not wait for what has not begun."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Maker:
@@ -193,19 +210,15 @@ class _Maker:
         progress = self._progress()
         if self.source.note:
             print(f"{self.source.name}: {self.source.note}", file=sys.stderr)
-        bar = tqdm(
-            total=self.total,
-            initial=progress["done"],
-            desc=f"caching {shown(self.source.name)}",
-            unit="image",
-            disable=self.total < LONG,
-        )
-        with bar, ThreadPoolExecutor(os.cpu_count()) as pool, (self.directory / "images.bin").open("ab") as out:
+        title, done = f"caching {shown(self.source.name)}", progress["done"]
+        counted = bar((), title, self.total, "image", initial=done, everywhere=True)  # one process makes it
+        with counted, _threads() as pool, (self.directory / "images.bin").open("ab") as out:
             out.truncate(progress["kept"] * self.bytes_each)  # what a killed process wrote after its last note
             while progress["done"] < self.total:
                 chunk = range(progress["done"], min(self.total, progress["done"] + CHUNK))
                 chain = bytes.fromhex(progress["pixels"])
                 for i, pixels, digest, grey, problem in pool.map(self._read, chunk):
+                    counted.update()
                     if problem is None:
                         out.write(pixels)
                         chain = chained(chain, digest)
@@ -218,7 +231,6 @@ class _Maker:
                 os.fsync(out.fileno())
                 progress |= {"done": chunk.stop, "pixels": chain.hex()}
                 write_json(self.directory / "progress.json", progress)
-                bar.update(len(chunk))
         self._refuse_grey(progress)
         self._finish(progress, labels)
 
@@ -226,7 +238,7 @@ class _Maker:
         """Where an interrupted process stopped, or the beginning; written down before the first image is."""
         file = self.directory / "images.bin"
         size = file.stat().st_size if file.exists() else 0
-        progress: Any = read_json(self.directory / "progress.json")
+        progress = _json(self.directory / "progress.json")
         if progress is None and size:
             raise UserError(f"{shown(file)} is there, and is no cache of pdistill's: give another dataset.cache=...")
         if progress is None or size < progress["kept"] * self.bytes_each:

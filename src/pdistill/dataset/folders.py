@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from pdistill.bars import bar
 from pdistill.dataset.cache import Source, cached_images, identity_of
 from pdistill.dataset.images import ImageSet
 from pdistill.dataset.pixels import Transform
 from pdistill.dataset.settings import location, reason, shown
 from pdistill.errors import UserError
 from pdistill.files import digest_of
-from pdistill.processes import is_main
 
 # Endings that Pillow registers for what is no still picture, or what it can only write.
 NO_PICTURES = {
@@ -168,13 +167,7 @@ def _image_files(path: str | None, name: str) -> Source:
 def _in_folder(root: Path) -> Callable[[], tuple[list[File], str, Callable[[str], Image.Image]]]:
     def find() -> tuple[list[File], str, Callable[[str], Image.Image]]:
         ignored: Counter[str] = Counter()
-        found = tqdm(
-            _walk(os.fspath(root), "", (), ignored),
-            desc="looking for images",
-            unit="file",
-            delay=2,
-            disable=not is_main(),
-        )
+        found = bar(_walk(os.fspath(root), "", (), ignored), "looking for images", unit="file")
         files = sorted(found, key=lambda file: file.name)
         return files, _told(ignored), lambda name: Image.open(os.path.join(root, name))
 
@@ -325,9 +318,7 @@ class _Keys(Sequence):
     def keys(self) -> list[bytes]:
         with self.database.begin() as transaction:
             keys = transaction.cursor().iternext(keys=True, values=False)
-            return list(
-                tqdm(keys, desc="reading the keys", unit="key", total=self.entries, delay=2, disable=not is_main())
-            )
+            return list(bar(keys, "reading the keys", self.entries, unit="key"))
 
     def __len__(self) -> int:
         return self.entries

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
-from tqdm import tqdm
 
+from pdistill.bars import bar
+from pdistill.checks import whole
 from pdistill.dataset.batches import BatchKey, flip
 from pdistill.dataset.cache import Source, cached_images, identity_of
 from pdistill.dataset.images import ImageSet
 from pdistill.dataset.pixels import Transform, square_pixels
-from pdistill.dataset.settings import flag, fraction, location, reason, shown, whole_number
+from pdistill.dataset.settings import flag, fraction, location, reason, shown
 from pdistill.errors import UserError
 from pdistill.files import digest_of
-from pdistill.processes import is_main
 from pdistill.randomness import generator, seed_of
 
 READ_AHEAD = 32  # examples asked of a stream at once
@@ -70,8 +70,8 @@ def load(
     transform = Transform(image_size, image_channels, resize, background)
     flag("streaming", streaming)
     flag("flips", flips)
-    whole_number("reference_images", reference_images)
-    whole_number("shuffle_buffer", shuffle_buffer)
+    whole("dataset.reference_images", reference_images, 1)
+    whole("dataset.shuffle_buffer", shuffle_buffer, 1)
     fraction("max_corrupt_fraction", max_corrupt_fraction)
     place = _Place(_expanded(path), subset, revision, str(split))
     image, label = str(image_column), None if label_column is None else str(label_column)
@@ -182,9 +182,9 @@ class StreamedBatches(IterableDataset):
         first = key.start + (0 if worker is None else worker.id)  # the DataLoader asks its workers in turn
         part = first % workers
         examples = self._examples(self._rows(key.rank * workers + part, key.world * workers))
-        quiet = not is_main() or part != key.start % workers
         used = range((first - part) // workers * key.batch_size)
-        for _ in tqdm(used, desc="going on in the stream", unit="image", delay=2, disable=quiet):
+        one_for_all = part == key.start % workers
+        for _ in bar(used, "going on in the stream", unit="image") if one_for_all else used:
             next(examples)
         for step in itertools.count(first, workers):
             pixels, labels = zip(*itertools.islice(examples, key.batch_size), strict=True)
@@ -324,8 +324,7 @@ def _first(dataset: Any, count: int, place: _Place) -> list[dict]:
     """The first rows of a stream."""
     try:
         rows = dataset.take(count)
-        bar = tqdm(rows, "reading the stream's first images", count, unit="image", delay=2, disable=not is_main())
-        return list(bar)
+        return list(bar(rows, "reading the stream's first images", count, unit="image"))
     except Exception as error:  # the network's, the file system's and the readers' own
         raise UserError(f"dataset.path={shown(place.path)} cannot be read: {reason(error)[:300]}") from error
 
@@ -338,7 +337,8 @@ def _identity_of_rows(dataset: Any, image_column: str) -> Iterator[str]:
     for chunk in dataset.data.column(image_column).chunks:  # images that are not in those files but named by them
         missing = chunk.field("bytes").is_null()
         if missing.true_count:
-            for path in chunk.field("path").filter(missing).to_pylist():
+            paths = chunk.field("path").filter(missing).to_pylist()
+            for path in bar(paths, "looking for the images' files", unit="file"):
                 yield identity_of(Path(path)) if path and Path(path).exists() else str(path)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pdistill.bars import bar
 from pdistill.dataset.batches import Batches, BatchKey
 from pdistill.dataset.settings import flag, location, reason
 from pdistill.errors import UserError
@@ -86,7 +87,7 @@ class ImageSet:
 def digest_of_images(images: Iterable[Tensor], labels: Tensor | None) -> str:
     """16 hexadecimal digits that name the pixels uint8 (C, H, W) of each image, their order, and the labels."""
     chain, shape = b"", None
-    for image in images:
+    for image in bar(images, "hashing the images", unit="image"):
         shape = tuple(image.shape)
         chain = chained(chain, hashlib.sha256(image.contiguous().numpy().data).digest())
     return digest_of_chain(chain, shape, labels)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image, ImageColor
 
-from pdistill.dataset.settings import choice, whole_number
+from pdistill.checks import whole
+from pdistill.dataset.settings import choice
 from pdistill.errors import UserError
 
 ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
@@ -41,7 +42,7 @@ class Transform:
     """What shows through transparent pixels: a colour's name, or #rrggbb."""
 
     def __post_init__(self) -> None:
-        whole_number("image_size", self.image_size)
+        whole("dataset.image_size", self.image_size, 1)
         choice("image_channels", self.image_channels, (1, 3))
         choice("resize", self.resize, tuple(RESIZERS))
         try:

@@ -9,13 +9,6 @@ from typing import Any
 from pdistill.errors import UserError
 
 
-def whole_number(key: str, value: Any, least: int = 1) -> int:
-    """`value`, if it is a whole number of at least `least`; else raises UserError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"dataset.{key}={value} must be a whole number, {least} or more")
-    return value
-
-
 def fraction(key: str, value: Any) -> float:
     """`value`, if it is a number from 0 to 1; else raises UserError."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -14,6 +14,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pdistill.bars import bar
 from pdistill.errors import UserError, first_line
 from pdistill.files import write_json
 from pdistill.network import image_shape_of
@@ -92,13 +93,18 @@ def is_pipeline(path: Path) -> bool:
     return (path / "model_index.json").exists() and not (path / "denoiser.json").exists()
 
 
+def _steps(timesteps: Any = None, total: int | None = None) -> Any:
+    """What pipelines show their steps with: it moves the bar of batches on."""
+    return bar(() if timesteps is None else timesteps, "sampling by the pipeline", total, "step", within=True)
+
+
 class Pipeline:
     """An unconditional pipeline (DDPMPipeline, DDIMPipeline, ...) sampled by its own scheduler."""
 
     def __init__(self, pipeline: Any, path: str) -> None:
         """Of a diffusers pipeline; `path` is what errors call it."""
         self.pipeline, self.path = pipeline, path
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.progress_bar = _steps
 
     @classmethod
     def load(cls, path: str | Path) -> "Pipeline":

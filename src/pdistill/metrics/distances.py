@@ -1,8 +1,9 @@
 """Metrics of two sets of features (N, num_features): FID and its intervals, KID, Inception score, precision, recall.
 
-Inception score, precision and recall are torch-fidelity's, KID's kernel is torchmetrics'. FID is the same number as
-torch-fidelity's, from eigenvalues of symmetric matrices in float64 with the reference's root kept, so that many can be
-taken. Fewer samples than a metric needs leave it out: ten for the Inception score, four for precision and recall.
+The Inception score is torch-fidelity's, KID's kernel torchmetrics'. FID, precision and recall are the same numbers as
+torch-fidelity's: FID from eigenvalues of symmetric matrices in float64, with the reference's root kept, so that many
+can be taken; precision and recall part by part, so that a bar moves. Fewer samples than a metric needs leave it out:
+ten for the Inception score, four for precision and recall.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics import Metric
 from torchmetrics.image.kid import poly_mmd
 
+from pdistill.bars import bar
 from pdistill.errors import UserError
 from pdistill.randomness import generator
 
@@ -23,6 +24,7 @@ SCORE_SPLITS = 10  # the Inception score is a mean over so many parts
 PRC_NEIGHBOURS = 3
 PRC_IMAGES = 10_000  # of either side at most: precision and recall compare every pair
 EXTRAPOLATED_FROM = 15  # sample sizes
+PART = 2048  # rows of features that are worked on at once
 
 
 def home_of_doubles(device: torch.device | str) -> torch.device | str:
@@ -83,10 +85,8 @@ class FrechetDistance(Metric):
 
         `counts` (N,): how often each row is taken; by default once.
         """
-        features = double(features).to(self.mean.device)
-        counts = torch.ones(len(features), dtype=torch.long, device=features.device) if counts is None else counts
-        mean = counts.to(features) @ features / counts.sum()
-        return float(self._distance(mean - self.mean, torch.cov(features.T, fweights=counts)))
+        mean, covariance = moments(features.to(self.mean.device), counts)
+        return float(self._distance(mean - self.mean, covariance))
 
     def _distance(self, shift: Tensor, covariance: Tensor) -> Tensor:
         """Of a normal distribution with that covariance whose mean differs from the reference's by `shift`."""
@@ -97,9 +97,11 @@ class FrechetDistance(Metric):
     def bootstrap_std(self, features: Tensor, resamplings: int) -> float:
         """The standard deviation of the distance over samples drawn with replacement from the features."""
         random, n = torch.Generator().manual_seed(0), len(features)
-        draws = (torch.randint(n, (n,), generator=random) for _ in range(resamplings))
-        counts = (draw.bincount(minlength=n).to(self.mean.device) for draw in draws)
-        return float(np.std([self.of(features, count) for count in counts], ddof=1))
+        distances = []
+        for _ in bar(range(resamplings), "FID of resamplings", unit="resampling"):
+            counts = torch.randint(n, (n,), generator=random).bincount(minlength=n)
+            distances.append(self.of(features, counts.to(self.mean.device)))
+        return float(np.std(distances, ddof=1))
 
     def extrapolated(self, features: Tensor) -> tuple[float, float]:
         """FID-infinity (Chong & Forsyth, 2020): the line through FID against 1/N, at 1/N = 0.
@@ -109,8 +111,9 @@ class FrechetDistance(Metric):
         """
         random, n = torch.Generator().manual_seed(0), len(features)
         sizes = np.linspace(max(2, n // 10), n, EXTRAPOLATED_FROM).astype(int)
-        subsets = (features[torch.randperm(n, generator=random)[:size]] for size in sizes)
-        (_, at_zero), covariance = np.polyfit(1 / sizes, [self.of(subset) for subset in subsets], 1, cov=True)
+        subsets = bar(sizes, "FID of smaller sets", unit="set")
+        distances = [self.of(features[torch.randperm(n, generator=random)[:size]]) for size in subsets]
+        (_, at_zero), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
         return float(at_zero), float(covariance[1, 1] ** 0.5)
 
 
@@ -121,7 +124,9 @@ def kernel_distance(fake: Tensor, real: Tensor) -> tuple[float, float]:
     def subset(features: Tensor) -> Tensor:
         return features[torch.randperm(len(features), generator=random)[:size]]
 
-    distances = torch.stack([poly_mmd(subset(real), subset(fake)) for _ in range(KID_SUBSETS)])
+    distances = torch.stack(
+        [poly_mmd(subset(real), subset(fake)) for _ in bar(range(KID_SUBSETS), "KID", unit="subset")]
+    )
     return float(distances.mean()), float(distances.std(correction=0))
 
 
@@ -135,12 +140,26 @@ def precision_and_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
     if len(real) > PRC_IMAGES:
         order = torch.randperm(len(real), generator=generator("precision and recall", len(real)))
         real = real[order[:PRC_IMAGES].to(real.device)]
-    shares = prc_features_to_metric(fake, real, prc_neighborhood=PRC_NEIGHBOURS, verbose=False)
-    row = {}
-    for key, images in (("precision", fake), ("recall", real)):  # shares of these images, so binomial
-        share = float(shares[key])
-        row |= {key: share, f"{key}_std": (share * (1 - share) / len(images)) ** 0.5}
+    row, total = {}, sum(2 * len(rows.split(PART)) for rows in (fake, real))
+    with bar((), "precision and recall", total, "part") as progress:
+        for key, images, others in (("precision", fake, real), ("recall", real, fake)):
+            share = _share_within(images, others, progress.update)  # of these images, so binomial
+            row |= {key: share, f"{key}_std": (share * (1 - share) / len(images)) ** 0.5}
     return row
+
+
+def _share_within(images: Tensor, others: Tensor, on_part: Callable[[], None]) -> float:
+    """The share of features `images` that lie in the ball of one of `others`, which reaches to its k-th neighbour."""
+
+    def of_parts(rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        found = []
+        for part in rows.split(PART):
+            found.append(measure(torch.cdist(part, others)))
+            on_part()
+        return torch.cat(found)
+
+    radii = of_parts(others, lambda distances: distances.kthvalue(PRC_NEIGHBOURS + 1).values)  # the first is its own
+    return float(of_parts(images, lambda distances: (distances <= radii).any(1)).float().mean())
 
 
 def measures(
@@ -185,7 +204,18 @@ def check_finite(features: Tensor) -> None:
         raise UserError("some samples are not finite (NaN or infinite): nothing to measure. Did training diverge?")
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (num_features,) and covariance of features (N, num_features), N > 1, in float64."""
+def moments(features: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean (num_features,) and covariance of features (N, num_features), N > 1, in float64.
+
+    `counts` (N,): how often each row is taken; by default once.
+    """
     values = double(features)
-    return values.mean(0), torch.cov(values.T)
+    counts = torch.ones(len(values), device=values.device) if counts is None else counts
+    weights = counts.to(values)
+    mean = weights @ values / weights.sum()
+    square = values.new_zeros(values.shape[1], values.shape[1])
+    starts = range(0, len(values), PART)
+    for start in bar(starts, "covariance", unit="part", within=True):
+        centred = values[start : start + PART] - mean
+        square += (centred * weights[start : start + PART, None]).T @ centred
+    return mean, square / (weights.sum() - 1)

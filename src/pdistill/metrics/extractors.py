@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics.image.fid import NoTrainInceptionV3
-from tqdm import tqdm
 
+from pdistill.bars import bar
 from pdistill.dataset import ImageSet
 from pdistill.errors import UserError, first_line
 from pdistill.files import cache_directory, digest_of_file, locked, whole
@@ -210,8 +210,8 @@ class _Training:
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.learning_rate)
         done = self._resume()
         title = f"training the classifier of {self.data.name}"
-        bar = tqdm(total=updates, initial=done, desc=title, unit="update", leave=False, delay=1)
-        with bar, torch.enable_grad(), torch.inference_mode(False):
+        counted = bar((), title, updates, "update", initial=done, everywhere=True)  # one process trains it
+        with counted, torch.enable_grad(), torch.inference_mode(False):
             for update in range(done, updates):
                 random = generator("classifier", update)
                 index = torch.randint(len(self.data.images), (self.batch_size,), generator=random)
@@ -222,7 +222,7 @@ class _Training:
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-                bar.update()
+                counted.update()
                 if (update + 1) % SAVED_EVERY == 0:
                     self._save(update + 1)
         return {k: v.detach().cpu().clone() for k, v in classifier.state_dict().items()}

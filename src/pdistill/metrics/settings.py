@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdistill import registry
+from pdistill.checks import whole
 from pdistill.errors import UserError
 
 LEAST_SAMPLES = 2  # that have a covariance
@@ -43,12 +44,6 @@ class Metrics:
                 f"metrics.teacher_curve={curve} must be null or list step counts and samplers, e.g. "
                 f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}} (samplers: {', '.join(known)})"
             )
-
-
-def whole(key: str, value: object, least: int) -> None:
-    """Raises UserError unless the value of the key is a whole number, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}={value} must be a whole number, at least {least}")
 
 
 def are_step_counts(values: object) -> bool:

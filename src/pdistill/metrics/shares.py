@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from tqdm import tqdm
-
+from pdistill.bars import bar
 from pdistill.errors import UserError
 from pdistill.processes import gather, is_main, rank, world_size
 
@@ -23,7 +22,7 @@ def my_batches(total: int, batch_size: int, title: str) -> Iterator[range]:
     """
     first = rank() if world_size() > 1 else 0
     starts = range(0, total, batch_size)[first :: world_size()]
-    for start in tqdm(starts, title, unit="batch", leave=False, delay=1, disable=not is_main()):
+    for start in bar(starts, title, unit="batch"):
         yield range(start, min(start + batch_size, total))
 
 

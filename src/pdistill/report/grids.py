@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
-from tqdm import tqdm
 
-from pdistill import processes
+from pdistill.bars import bar
 from pdistill.dataset.batches import to_float
 from pdistill.errors import UserError
 from pdistill.files import whole
@@ -46,8 +45,8 @@ def nearest_neighbours(samples: Tensor, images: Tensor, k: int = 3, chunk: int =
     By Euclidean distance of the pixels, nearest first.
     """
     parts = images.split(chunk)
-    bar = tqdm(parts, "nearest images", unit="part", leave=False, delay=1, disable=not processes.is_main())
-    distances = [torch.cdist(samples.flatten(1), to_float(part.to(samples.device)).flatten(1)) for part in bar]
+    counted = bar(parts, "nearest images", unit="part")
+    distances = [torch.cdist(samples.flatten(1), to_float(part.to(samples.device)).flatten(1)) for part in counted]
     nearest = torch.cat(distances, 1).topk(min(k, len(images)), largest=False).indices.cpu()
     return torch.stack([to_float(images[index]) for index in nearest]).to(samples.device)
 

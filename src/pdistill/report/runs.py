@@ -6,8 +6,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from tqdm import tqdm
-
+from pdistill.bars import bar
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.metrics.curve import STUDENTS, Curves, teacher_points
@@ -129,7 +128,7 @@ def evaluation_of(directory: Path) -> list[dict]:
 def _fingerprints(directory: Path) -> set[str | None]:
     """Hashes of the weights of the run's denoisers, None among them where one cannot be loaded."""
     denoisers = [directory / row["stage"] / "denoiser" for row in rows_of(directory)]
-    return {fingerprint_at(d) for d in tqdm(denoisers, f"weights of {directory.name}", leave=False, delay=1)}
+    return {fingerprint_at(d) for d in bar(denoisers, f"weights of {directory.name}", unit="denoiser")}
 
 
 def _object(path: Path) -> dict:

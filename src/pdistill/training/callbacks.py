@@ -101,8 +101,8 @@ class TrainingLog(PerUpdate):
         k = int(first_bad.argmin())
         where = f"logsnr in [{bin_name(k).replace('_', ', ')}]" if k < 8 else "in the gradient"
         raise UserError(
-            f"{self.prefix}: the loss is not finite at update {int(first_bad[k])}, {where}. The last good "
-            f"checkpoint is kept; lower the learning rate, or use another parameterization, weighting or precision"
+            f"{self.prefix}: the loss is not finite at update {int(first_bad[k])}, {where}. Checkpoints from before "
+            f"are kept; lower the learning rate, or use another parameterization, weighting or precision"
         )
 
     def _log(self, trainer: Any, pl_module: Any, update: int) -> None:

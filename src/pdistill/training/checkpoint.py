@@ -32,9 +32,10 @@ class WholeCheckpoints(CheckpointIO):
                 if path.exists():
                     path.replace(path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+            before = any(file.exists() for file in (path, path.with_name(PREVIOUS)))
             raise UserError(
-                f"the checkpoint {path} cannot be written ({first_line(error)}): make space, or check the permissions; "
-                f"the same command continues from the checkpoint before"
+                f"the checkpoint {path} cannot be written ({first_line(error)}): make room, or see to the permissions; "
+                f"the same command {'continues from the checkpoint before' if before else 'starts this stage anew'}"
             ) from error
 
     def load_checkpoint(
@@ -82,7 +83,7 @@ def _chosen(path: Path) -> Path | str:
         return path
     if other := _fault(previous):
         return (
-            f"{path} is {fault} and {previous} is {other}: delete {path.parent} to start this stage again; "
+            f"{path} is {fault} and {previous} is {other}: delete {path.parent} to start this stage anew; "
             f"finished stages are kept"
         )
     print(f"{path} is {fault}; continuing from {PREVIOUS}, the checkpoint before", file=sys.stderr)
@@ -121,7 +122,7 @@ class Batching(Callback):
         if noted is None:
             raise UserError(
                 f"{trainer.ckpt_path} was written by version 0.1.0, which drew other random numbers: finish this run "
-                f"with 0.1.0, or start it again with overwrite=true"
+                f"with 0.1.0, or start it anew with overwrite=true"
             )
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

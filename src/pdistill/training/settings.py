@@ -1,24 +1,10 @@
 """Settings of training and distillation, checked when they are made; no torch, so that composing stays quick."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pdistill.checks import number, whole
 from pdistill.errors import UserError
-
-
-def whole(key: str, value: object, least: int) -> None:
-    """Raises UserError unless the value of the key is a whole number, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{key}={value} must be a whole number, at least {least}")
-
-
-def number(key: str, value: object, limit: float = math.inf, null: bool = False) -> None:
-    """Raises UserError unless the value of the key is a number in [0, limit), or None where `null`."""
-    if value is None and null:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < limit:
-        raise UserError(f"{key}={value} must be a number in [0, {limit}){' or null' if null else ''}")
 
 
 @dataclass

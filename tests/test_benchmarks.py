@@ -1,0 +1,43 @@
+"""The benchmarks run, with numbers too small to mean anything."""
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from pdistill.metrics.extractors import train_classifier
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_speed_prints_every_ratio_and_keeps_the_seconds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--quick", "--json", str(tmp_path / "seconds.json")])
+    speed = benchmark("speed")
+    tiny = {"batch": 4, "steps": 2, "rounds": 1, "evaluations": 1, "samplings": 2, "limit": 1.1}
+    monkeypatch.setattr(speed, "QUICK", speed.Case("digits", 8, 1, **tiny))
+    monkeypatch.setattr(speed, "train_classifier", partial(train_classifier, max_updates=5))
+    monkeypatch.setattr(speed, "FID_FEATURES", 16)
+    speed.main()
+    rows = json.loads((tmp_path / "seconds.json").read_text())["rows"]
+    shown = capsys.readouterr().out
+    assert len(rows) == 7 and all(row["ours"] and min(row["ours"]) > 0 for row in rows)
+    assert all((row.get("ratio") or row["seconds"]) in shown for row in rows)
+
+
+def test_import_time_names_the_target(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["import_time.py", "--runs", "1"])
+    import_time = benchmark("import_time")
+    monkeypatch.setattr(import_time, "MODULES", ("pdistill",))
+    import_time.main()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("import pdistill "))
+    assert "the target of 0.3 s" in line
