@@ -64,14 +64,14 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a JSON file; `default` where there is none. Raises UserError for one that is damaged."""
+def read_json(path: Path, default: Any = None, cure: str = "delete it, and the command makes it again") -> Any:
+    """The content of a JSON file; `default` where there is none. Raises UserError, with the cure, if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return default
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and the command makes it again") from error
+        raise UserError(f"{path} is damaged ({error}): {cure}") from error
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
     if not directory.is_dir():
         raise UserError(f"no denoiser at {directory}: expected a directory that holds denoiser.json and unet/")
     try:
-        description = read_json(directory / "denoiser.json")
+        description = read_json(directory / "denoiser.json", cure="copy or train the denoiser again")
         if description is None:
             raise FileNotFoundError(2, "missing", str(directory / "denoiser.json"))
         if description["format"] not in (1, FORMAT):

@@ -57,8 +57,7 @@ def run(command: str, subcommand: bool = False) -> None:
     """
     _occupy_closed_streams()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, to be told here in one line
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    _end_on_signals(command)
     typed = list(sys.argv)
     arguments = [_with_home(word) for word in typed[2 if subcommand else 1 :]]
     if {"--help", "-h"} & set(arguments):
@@ -91,9 +90,10 @@ def run(command: str, subcommand: bool = False) -> None:
 
 
 def _plain(command: str, arguments: list[str]) -> None:
+    _end_on_signals(command)
     try:
         importlib.import_module(f"pdistill.commands.{command}").main(arguments)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, Interrupted) as error:
         _fail(error)
 
 
@@ -102,8 +102,9 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, BrokenPipeError):
         os._exit(1)
     cause = cause_of(error)
+    restarts = isinstance(error, Interrupted) and any(re.match(r"\+*overwrite=true", w, re.I) for w in sys.argv)
     if is_main():
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}{', if overwrite=true is left out' * restarts}", file=sys.stderr)
     sys.exit(getattr(cause, "exit_code", 2))
 
 
@@ -113,8 +114,15 @@ def _with_home(word: str) -> str:
     return f"{found[1]}{Path.home()}{found[2] or ''}" if found else word
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise Interrupted("stopped; the same command continues from what is finished")
+def _end_on_signals(command: str) -> None:
+    """Ctrl-C and SIGTERM end a command in a line that says what becomes of its work."""
+    what = "nothing was written" if command == "sample" else "the same command continues from what is finished"
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(f"stopped; {what}")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
 
 
 def _occupy_closed_streams() -> None:

@@ -217,7 +217,7 @@ def _with_todays_targets(node: Any) -> None:
 
 def facts_of(directory: Path) -> dict[str, Any]:
     """The facts of a run; of one that version 0.1.0 wrote, the version alone."""
-    facts = read_json(directory / "run.json")
+    facts = read_json(directory / "run.json", cure="restore it, or give overwrite=true to start again")
     return facts if isinstance(facts, dict) else {"version": "0.1.0"}
 
 

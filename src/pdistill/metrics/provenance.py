@@ -159,7 +159,7 @@ def _fingerprint_at(directory: Path, files: tuple) -> str | None:
 def _claimed(directory: Path) -> str | None:
     """The fingerprint that a denoiser's description holds, which version 0.1.0 did not write."""
     try:
-        description = read_json(directory / "denoiser.json")
+        description = read_json(directory / "denoiser.json", cure="copy or train the denoiser again")
     except UserError:
         return None
     return description.get("fingerprint") if isinstance(description, dict) else None
