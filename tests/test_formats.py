@@ -148,7 +148,7 @@ def test_a_cache_of_another_transform_or_damaged_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"images.bin is damaged: 1151 bytes instead of 1152"):
         image_folder(str(folder), 8, cache=mine)
     (tmp_path / "mine" / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache.json is damaged: it is no JSON. Delete \S+/mine to have it made anew"):
+    with pytest.raises(UserError, match=r"cache.json is damaged: it is no JSON. Delete \S+/mine to make it again"):
         image_folder(str(folder), 8, cache=mine)
     shutil.rmtree(tmp_path / "mine")  # as it says
     image_folder(str(folder), 8, cache=mine)
