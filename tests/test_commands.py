@@ -207,6 +207,20 @@ def test_streams_that_are_closed(smoke, workplace):
         assert done.returncode == 0 and grid.exists() and b"Traceback" not in done.stderr
 
 
+def test_openmp_threads_wait_briefly(workplace):
+    """As libgomp itself reports when torch loads it; what the user says counts more."""
+
+    def reported(**variables: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+        environment |= {"OMP_DISPLAY_ENV": "verbose", "PDISTILL_CACHE": str(workplace / "cache")} | variables
+        command = [sys.executable, str(ROOT / "sample.py"), "denoiser=absent"]
+        return subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True).stderr
+
+    assert "GOMP_SPINCOUNT = '10000'" in reported()
+    assert "GOMP_SPINCOUNT = '77'" in reported(GOMP_SPINCOUNT="77")
+    assert "GOMP_SPINCOUNT = '10000'" not in reported(OMP_WAIT_POLICY="passive")
+
+
 def test_names_are_short_and_never_collide(monkeypatch):
     long = run_directory.shortened(["smoke", "x" * 150, "seed-1"])
     other = run_directory.shortened(["smoke", "x" * 150, "seed-2"])

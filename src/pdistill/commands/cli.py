@@ -28,12 +28,15 @@ from pdistill.errors import Interrupted, UserError
 from pdistill.processes import is_main
 
 COMPOSED = ("train", "distill", "evaluate", "sample")  # by Hydra, from conf/<command>.yaml
+# How long an OpenMP thread spins before it sleeps. By default for good, so that training beside busy processes stalls;
+# measured by benchmarks/busy.py, which also shows that the weights stay the same to the byte.
+SPIN_COUNT = "10000"
 PLAIN = ("report", "sweep")  # of finished runs: `pdistill report outputs/a outputs/b`
 
 
 def main() -> None:
     """The `pdistill` command."""
-    _occupy_closed_streams()
+    _prepare_process()
     command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if command in ("--version", "-V"):
         print(f"pdistill {__version__}")
@@ -55,7 +58,7 @@ def run(command: str, subcommand: bool = False) -> None:
     A user's mistake, Hydra's own complaints included, is one line on stderr and a non-zero exit status. In a
     multirun a failed job does not end the sweep; the sweep's table lists it, and the job's value is not a number.
     """
-    _occupy_closed_streams()
+    _prepare_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, to be told here in one line
     _end_on_signals(command)
     typed = list(sys.argv)
@@ -123,6 +126,13 @@ def _end_on_signals(command: str) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+
+
+def _prepare_process() -> None:
+    """What must be so before torch is imported, and before anything is opened."""
+    _occupy_closed_streams()
+    if "OMP_WAIT_POLICY" not in os.environ:  # the user's word
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _occupy_closed_streams() -> None:
