@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
+from pdistill.commands.run_directory import directory_of, last_metric
 from pdistill.commands.complaints import USER_ERRORS, one_line
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, write_json
@@ -95,7 +96,9 @@ def _value_or_error(
         words = [o for o in overrides if not re.match(r"[+~]*name=", o)] + ([f"name={cfg.name}"] if cfg.name else [])
         environment = {k: v for k, v in os.environ.items() if k not in (SWEEP, run_directory.SWEPT)}
         status = subprocess.run([sys.executable, *program, *_outside_conf(), *words], env=environment).returncode
-        return None, None if status == 0 else f"exit status {status}, its line of error is above"
+        if status != 0:
+            return None, f"exit status {status}, its line of error is above"
+        return (last_metric(directory_of(cfg.name, cfg.output_root)) if cfg.get("trainer") else None), None
     try:
         return job(command)(cfg), None
     except USER_ERRORS as error:
