@@ -82,7 +82,7 @@ def test_conversions_invert_each_other(schedule, seed, t):
 
 
 def test_edm_is_v_with_another_sign_at_unit_data():
-    """DESIGN: F = -v at sigma_data = 1 under variance preserving, whose input it leaves alone."""
+    """F = -v at sigma_data = 1 under variance preserving, whose input it leaves alone."""
     z, output = noise(0), noise(1)
     alpha, sigma = (
         a[:, None, None, None] for a in SCHEDULES["cosine"].alpha_sigma(torch.tensor([-3.0, 0, 4]).double())

@@ -155,7 +155,7 @@ def sample(
     if step_noise is not None:
         options["step_noise"] = step_noise if callable(step_noise) else step_noise.__getitem__
     with torch.inference_mode():
-        z = noise * denoiser.schedule.noise_scale
+        z = noise * getattr(denoiser.schedule, "noise_scale", 1.0)
         images = registry.find("sampler", sampler)(denoise, denoiser.schedule, z, num_steps, Options(**options))
     return images.clone()  # an ordinary tensor, which autograd may use
 
