@@ -17,7 +17,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
-from pdistill.commands.run_directory import directory_of, last_metric
 from pdistill.commands.complaints import USER_ERRORS, one_line
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, write_json
@@ -98,7 +97,8 @@ def _value_or_error(
         status = subprocess.run([sys.executable, *program, *_outside_conf(), *words], env=environment).returncode
         if status != 0:
             return None, f"exit status {status}, its line of error is above"
-        return (last_metric(directory_of(cfg.name, cfg.output_root)) if cfg.get("trainer") else None), None
+        directory = run_directory.directory_of(cfg.name, cfg.output_root) if cfg.get("trainer") else None
+        return (None if directory is None else run_directory.last_metric(directory)), None
     try:
         return job(command)(cfg), None
     except USER_ERRORS as error:
