@@ -33,8 +33,8 @@ from pdistill.dataset import ImageSet, digits
 from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.denoiser import Denoiser
 from pdistill.files import write_json
+from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.distances import FrechetDistance, moments
-from pdistill.metrics.extractors import train_classifier
 from pdistill.metrics.settings import Metrics
 from pdistill.parameterization import X
 from pdistill.sampling import Draw, generate, sample

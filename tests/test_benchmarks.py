@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pdistill.metrics.extractors import train_classifier
+from pdistill.metrics.classifier import train_classifier
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

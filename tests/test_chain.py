@@ -150,7 +150,7 @@ def test_two_processes_make_one_model_and_the_same_metrics(run, workplace):
     """Through the sweep, where a second rank that re-ran the command line would start the sweep again."""
     from pdistill.dataset import digits
     from pdistill.denoiser import Denoiser
-    from pdistill.metrics.extractors import train_classifier
+    from pdistill.metrics.classifier import train_classifier
     from pdistill.metrics.fid import FID
 
     status, _, err = run("distill.py", "-m", "experiment=smoke", "trainer=ddp_cpu", "name=two", "seed=0")

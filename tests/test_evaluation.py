@@ -17,7 +17,7 @@ from pdistill.commands.settings import Evaluate
 from pdistill.dataset import ImageSet, digits
 from pdistill.errors import UserError
 from pdistill.interop.diffusers import Pipeline
-from pdistill.metrics.extractors import train_classifier
+from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.settings import Metrics
 from pdistill.sampling import Draw
 

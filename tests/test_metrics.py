@@ -20,8 +20,9 @@ from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.errors import UserError
 from pdistill.metrics import distances, extractors, provenance
 from pdistill.metrics import reference as references
+from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.distances import FrechetDistance, measures, moments
-from pdistill.metrics.extractors import build, inception, train_classifier
+from pdistill.metrics.extractors import build, inception
 from pdistill.metrics.fid import FID
 from pdistill.metrics.reference import reference
 from pdistill.metrics.settings import Metrics
@@ -260,7 +261,8 @@ import sys, torch
 from pdistill.dataset import digits
 from pdistill.errors import UserError
 from pdistill.metrics import reference as references
-from pdistill.metrics.extractors import build, train_classifier
+from pdistill.metrics.classifier import train_classifier
+from pdistill.metrics.extractors import build
 from pdistill.metrics.fid import FID
 from pdistill.network import unet
 from pdistill import CosineSchedule, Denoiser, V

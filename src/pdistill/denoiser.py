@@ -1,6 +1,5 @@
 """The thing that flows: a network together with what its output means."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Self
@@ -85,11 +84,7 @@ class Denoiser(nn.Module):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the weights and what they mean, wherever the denoiser lies."""
-        digest = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode())
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return networks.digest_of_weights(self.network, json.dumps(self.architecture, sort_keys=True))
 
     def check_storable(self) -> None:
         """Raises UserError where `save` would: for a part that is not registered."""

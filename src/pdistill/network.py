@@ -1,10 +1,12 @@
 """The paper's UNet, as a configured diffusers UNet2DModel; what a Denoiser asks of this and of any other network."""
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -165,3 +167,12 @@ def num_class_embeds(network: nn.Module) -> int | None:
     if isinstance(network, UNet2DModel):
         return network.config["num_class_embeds"]
     return getattr(network, "built_with", {"arguments": {}})["arguments"].get("num_classes")
+
+
+def digest_of_weights(module: nn.Module, about: str) -> str:
+    """16 hexadecimal digits that name a module's weights, and `about`, what they mean."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

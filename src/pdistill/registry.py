@@ -6,9 +6,10 @@ are listed by where they are and imported when first asked for.
 
 import dataclasses
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
-from pdistill.errors import UserError
+from pdistill.errors import UserError, first_line
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "parameterization": {
@@ -34,7 +35,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     }
     | {"huggingface": "pdistill.dataset.huggingface:load"},
     "metrics": {
-        "classifier": "pdistill.metrics.extractors:train_classifier",
+        "classifier": "pdistill.metrics.classifier:train_classifier",
         "inception": "pdistill.metrics.extractors:inception",
     },
     "sampler": {"ddim": "pdistill.sampling:ddim", "ancestral": "pdistill.sampling:ancestral"}
@@ -109,9 +110,27 @@ def _place(part: Any) -> str:
 
 
 def state_of(part: Any) -> dict[str, Any]:
-    """The arguments that make a parameterization or schedule again: its `state()`, its fields, or its attributes."""
-    if callable(getattr(part, "state", None)):
-        return dict(part.state())
+    """The arguments that make a parameterization or schedule again: its `state()`, or `arguments_of` it."""
+    return dict(part.state()) if callable(getattr(part, "state", None)) else arguments_of(part)
+
+
+def arguments_of(part: Any) -> dict[str, Any]:
+    """The fields of a dataclass, the attributes of another object."""
     if dataclasses.is_dataclass(part):
         return {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     return dict(vars(part))
+
+
+def import_parts(modules: Iterable[str]) -> None:
+    """Imports modules that register parts of their own. Raises UserError, in one line, where one cannot be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's module raises
+            missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
+            hint = "install it, or put its folder into PYTHONPATH" if missing else "fix that module"
+            raise UserError(
+                f"imports=[{module}]: {module} cannot be imported ({type(error).__name__}: {first_line(error)}): {hint}"
+            ) from error

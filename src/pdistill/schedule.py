@@ -9,13 +9,17 @@ gives logsnr(t); its process says what alpha and sigma are at a log-SNR:
 """
 
 import dataclasses
+import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from pdistill.registry import arguments_of
 
 AlphaSigma = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -35,7 +39,7 @@ def variance_exploding(logsnr: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ones_like(logsnr), torch.exp(-logsnr / 2)
 
 
-class Schedule:
+class Schedule(ABC):
     """What every schedule has; a subclass gives `__call__(t) -> logsnr`, and `alpha_sigma` if it is another process.
 
     A dataclass's fields are its `state`, from which storage builds it again: `type(schedule)(**schedule.state())`.
@@ -43,9 +47,9 @@ class Schedule:
 
     noise_scale: float = 1.0  # z_1 = noise_scale x unit noise
 
+    @abstractmethod
     def __call__(self, t: Tensor) -> Tensor:
         """t in [0, 1], any shape -> logsnr of that shape, falling."""
-        raise NotImplementedError
 
     def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at a log-SNR, of its shape."""
@@ -61,9 +65,7 @@ class Schedule:
 
     def state(self) -> dict[str, object]:
         """The arguments that make this schedule again."""
-        if dataclasses.is_dataclass(self):
-            return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dict(vars(self))
+        return arguments_of(self)
 
 
 def _as_floats(schedule: object) -> None:
@@ -211,7 +213,7 @@ class BetaSchedule(Schedule):
         """t in [0, 1], any shape -> logsnr of that shape."""
         position = t.double() * len(self.alphas_cumprod) - 1  # in indices; -1 at t = 0
         k = position.floor().clamp(0, len(self.alphas_cumprod) - 2).long()
-        nodes = torch.logit(torch.tensor(self.alphas_cumprod, dtype=torch.float64)).to(t.device)
+        nodes = _logits(self.alphas_cumprod, t.device)
         here, there, share = nodes[k], nodes[k + 1], position - k
         to_nothing = here + 2 * torch.log1p(-share.clamp(max=1))
         logsnr = torch.where(there.isinf(), to_nothing, here + share * (there - here).nan_to_num(neginf=0))
@@ -220,6 +222,13 @@ class BetaSchedule(Schedule):
     def timestep(self, t: Tensor) -> Tensor:
         """T t - 1, not below 0."""
         return (t * len(self.alphas_cumprod) - 1).clamp(min=0)
+
+
+@functools.lru_cache(16)
+def _logits(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once for each device: a training step must not wait for a copy."""
+    with torch.inference_mode(False):
+        return torch.logit(torch.tensor(values, dtype=torch.float64)).to(device)
 
 
 def logsnr_on_grid(schedule: Callable[[Tensor], Tensor], i: Tensor, num_steps: int) -> Tensor:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
 from pdistill.commands.complaints import USER_ERRORS, one_line
-from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, write_json
+from pdistill.registry import import_parts
 
 SWEEP = "PDISTILL_SWEEP"  # of a sweep's jobs, in whatever process: the directory of their results
 
@@ -28,24 +28,10 @@ def job(command: str) -> Callable[[DictConfig], float | None]:
     """What a command does with its configuration, after importing the modules that register the user's parts."""
 
     def run(cfg: DictConfig) -> float | None:
-        for module in cfg.get("imports") or []:
-            _import(module)
+        import_parts(cfg.get("imports") or [])
         return importlib.import_module(f"pdistill.commands.{command}").main(cfg)
 
     return run
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name))
-        hint = "install it, or put its folder into PYTHONPATH" if missing else "fix that module"
-        raise UserError(
-            f"imports=[{module}] cannot be imported ({type(error).__name__}: {first_line(error)}): {hint}"
-        ) from error
 
 
 def prepare(arguments: list[str]) -> Path | None:

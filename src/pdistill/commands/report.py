@@ -1,13 +1,13 @@
 """`pdistill report outputs/a outputs/b`: one page on runs; `pdistill report wandb:<entity>/<project>`: W&B's own.
 
-Also `python -m pdistill.commands.report`. `show` is the table that a finished run prints.
+`show` is the table that a finished run prints.
 """
 
 from pathlib import Path
 
 from rich.console import Console
 
-from pdistill.commands.arguments import Parser, directory_of, run_as_script, without_imports
+from pdistill.commands.arguments import Parser, directory_of, without_imports
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.report import page, tables, wandb
@@ -45,7 +45,3 @@ def show(directory: Path) -> None:
     for note in tables.stage_notes(rows):
         console.print(note, soft_wrap=True, markup=False)
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True, markup=False)
-
-
-if __name__ == "__main__":
-    run_as_script(main)

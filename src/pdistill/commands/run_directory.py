@@ -20,6 +20,8 @@ from pdistill import __version__
 from pdistill.errors import UserError
 from pdistill.files import digest_of_file, read_json, whole, write_json
 from pdistill.processes import is_main
+from pdistill.report import choices
+from pdistill.report.choices import MOVED, NO_DIFFERENCE
 
 # Groups that say what is computed; the others say where, or who watches.
 NAMED_GROUPS = (
@@ -35,26 +37,8 @@ NAMED_GROUPS = (
 )
 ALWAYS_NAMED = ("dataset", "parameterization", "weighting", "schedule", "steps")
 # Keys that change nothing in the result, and so may differ when a run is resumed.
-UNCOMPARED = (
-    "name",
-    "output_root",
-    "overwrite",
-    "trainer",
-    "logger",
-    "callbacks",
-    "imports",
-    "num_workers",
-    "checkpoint_every_n_updates",
-    "max_batch_per_device",
-    "allow_unstable",
-)
+UNCOMPARED = (*NO_DIFFERENCE, "trainer", "callbacks")
 BY_CONTENT = ("teacher", "dataset.path", "dataset.cache", "start")  # paths: what they lead to is compared instead
-FORMER_TARGETS = {
-    "pdistill.huggingface.load": "pdistill.dataset.huggingface.load",
-    "pdistill.extractors.train_classifier": "pdistill.metrics.extractors.train_classifier",
-    "pdistill.extractors.inception": "pdistill.metrics.extractors.inception",
-    "pdistill.logger.wandb_logger": "pdistill.training.logger.wandb_logger",
-}
 LONGEST_NAME = 120  # W&B takes 128 characters
 SWEPT = "PDISTILL_SWEPT"  # of a sweep's jobs, in whatever process: the keys that differ between them
 
@@ -211,8 +195,8 @@ def _with_todays_targets(node: Any) -> None:
     for key, value in node.items():
         if isinstance(value, dict):
             _with_todays_targets(value)
-        elif key in ("_target_", "path") and value in FORMER_TARGETS:
-            node[key] = FORMER_TARGETS[value]
+        elif key in ("_target_", "path") and value in MOVED:
+            node[key] = MOVED[value]
 
 
 def facts_of(directory: Path) -> dict[str, Any]:
@@ -223,19 +207,9 @@ def facts_of(directory: Path) -> dict[str, Any]:
 
 def flat(cfg: DictConfig) -> dict[str, str]:
     """What decides a run's result, as dotted keys; UNCOMPARED is left out."""
-    flat = {}
-
-    def visit(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for k, v in value.items():
-                visit(f"{prefix}.{k}" if prefix else str(k), v)
-        else:
-            flat[prefix] = str(value)
-
-    container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    container: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     unused = () if "teacher" in cfg else ("distillation",)  # of a run that trains a teacher alone
-    visit("", {k: v for k, v in container.items() if k not in (*UNCOMPARED, *unused)})  # type: ignore[union-attr]
-    return flat
+    return choices.flat({k: v for k, v in container.items() if k not in (*UNCOMPARED, *unused)})
 
 
 class Writing:

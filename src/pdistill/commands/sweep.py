@@ -1,7 +1,7 @@
 """Tables over runs, and, over seeds, curves with their spread: what a Hydra multirun ends with.
 
-`pdistill sweep outputs/a outputs/b ...`, or `python -m pdistill.commands.sweep`, makes them of any runs, and of a W&B
-project with `pdistill sweep wandb:<entity>/<project>`.
+`pdistill sweep outputs/a outputs/b ...` makes them of any runs, and of a W&B project with `pdistill sweep
+wandb:<entity>/<project>`.
 """
 
 import csv
@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pdistill.commands.arguments import Parser, directory_of, run_as_script, without_imports
-from pdistill.errors import UserError, first_line
+from pdistill.commands.arguments import Parser, directory_of, without_imports
+from pdistill.commands.run_directory import config_of
+from pdistill.errors import UserError
 from pdistill.files import digest_of, whole, write_text
 from pdistill.metrics.curve import STUDENTS, teacher_points
 from pdistill.metrics.provenance import comparable
@@ -177,16 +178,10 @@ def _of_directory(directory: Path) -> Found:
 
 def _config(directory: Path) -> Config | None:
     """A run's configuration; None where there is none. Raises UserError for one that is damaged."""
-    file = directory / "config.yaml"
-    if not file.is_file():
+    if not (directory / "config.yaml").is_file():
         return None
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # YAML's and OmegaConf's own, of many kinds
-        raise UserError(f"{file} is damaged ({first_line(error)}): leave {directory} out, or run it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is damaged (it holds no keys): leave {directory} out, or run it again")
-    return {str(k): v for k, v in config.items()}
+    config: Any = OmegaConf.to_container(config_of(directory))
+    return config
 
 
 def _finished(directory: Path) -> bool:
@@ -255,7 +250,3 @@ def main(arguments: list[str]) -> None:
     parser = Parser("pdistill sweep", description="Tables over runs, and, over seeds, curves with their spread.")
     parser.add_argument("runs", nargs="+", help="run directories, outputs/<name>, or wandb:<entity>/<project>")
     finish(collect(parser.parse_args(without_imports(arguments)).runs))
-
-
-if __name__ == "__main__":
-    run_as_script(main)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from pdistill.bars import bar
 from pdistill.errors import UserError, first_line
 from pdistill.files import write_json
-from pdistill.network import image_shape_of
+from pdistill.network import digest_of_weights, image_shape_of
 from pdistill.randomness import generator
 from pdistill.sampling import Draw
 from pdistill.schedule import betas, variance_preserving
@@ -137,11 +136,8 @@ class Pipeline:
         parts = (self.pipeline.unet, self.pipeline.scheduler)
         configs = [{k: v for k, v in part.config.items() if not k.startswith("_")} for part in parts]
         names = [type(part).__name__ for part in (self.pipeline, *parts)]
-        digest = hashlib.sha256(json.dumps([names, configs], sort_keys=True, default=str).encode())
-        for name, value in sorted(self.pipeline.unet.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        about = json.dumps([names, configs], sort_keys=True, default=str)
+        return digest_of_weights(self.pipeline.unet, about)
 
     @property
     def clip(self) -> bool:

@@ -13,21 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from pdistill.bars import bar
 from pdistill.dataset import ImageSet
 from pdistill.errors import UserError, first_line
-from pdistill.files import cache_directory, digest_of_file, locked, whole
-from pdistill.processes import device_of, of_main, world_size
-from pdistill.randomness import generator
-
-MAX_UPDATES = 3000  # of the classifier: small datasets get their epochs, large ones no more than this
-SAVED_EVERY = 100  # updates of the classifier
+from pdistill.files import digest_of_file
+from pdistill.network import digest_of_weights
+from pdistill.processes import of_main, world_size
 
 
 def build(part: Callable[..., nn.Module], data: ImageSet, device: torch.device | str = "auto") -> nn.Module:
@@ -92,163 +86,7 @@ def fingerprint_of(extractor: nn.Module) -> str:
     own = getattr(extractor, "fingerprint", None)
     if own is not None:
         return str(own() if callable(own) else own)
-    digest = hashlib.sha256(f"{type(extractor).__module__}.{type(extractor).__qualname__}".encode())
-    for name, value in sorted(extractor.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _parameters_fingerprint(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for parameter in module.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier trained on the dataset itself; its features are the last hidden layer's.
-
-    For images on which Inception means nothing. Its FID is named fid_classifier: it compares samplers on one
-    dataset, and with no published number.
-    """
-
-    name = "classifier"
-    num_features = 64
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(256, self.num_features),
-        )
-        self.head = nn.Linear(self.num_features, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images.float() / 127.5 - 1)
-
-    def logits(self, features: Tensor) -> Tensor:
-        return self.head(features)
-
-    @property
-    def fingerprint(self) -> str:
-        return _parameters_fingerprint(self)
-
-
-def train_classifier(
-    data: ImageSet,
-    epochs: int = 20,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    max_updates: int = MAX_UPDATES,
-    device: str = "auto",
-) -> Classifier:
-    """The classifier extractor of a dataset, trained on the spot once and cached, for `max_updates` at most.
-
-    One process trains at a time, and the others wait for its file. A stopped training goes on where it was saved last,
-    to the same weights. Raises UserError where the dataset has no labels.
-    """
-    if data.labels is None:
-        raise UserError(
-            f"metrics=classifier needs labels, and {data.name} has none: put the images into one sub-folder per "
-            f"class, or use metrics=inception or metrics=none"
-        )
-    updates = min(max_updates, epochs * -(-len(data.images) // batch_size))
-    recipe = f"classifier-2-{updates}-{batch_size}-{learning_rate}-{data.fingerprint}"
-    path = cache_directory() / f"{recipe}.safetensors"
-    classifier = _fresh_classifier(data)
-    weights = _load(path)
-    if weights is None:
-        with locked(path.with_suffix(".lock")):  # whoever comes second finds the file
-            weights = _load(path)
-            if weights is None:
-                training = _Training(classifier, data, batch_size, learning_rate, path.with_suffix(".partial"))
-                weights = training.run(updates, device_of(device))
-                with whole(path) as temporary:
-                    save_file(weights, temporary)
-                training.path.unlink(missing_ok=True)
-    classifier.load_state_dict(weights)
-    return classifier.cpu().eval().requires_grad_(False)
-
-
-def _fresh_classifier(data: ImageSet) -> Classifier:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Classifier(data.image_shape[0], data.num_classes)
-
-
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file; None where it is absent or damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        return None
-
-
-class _Training:
-    """Of the classifier; batch and learning rate are functions of the update, so that a resumed one is the same."""
-
-    def __init__(
-        self, classifier: Classifier, data: ImageSet, batch_size: int, learning_rate: float, path: Path
-    ) -> None:
-        self.classifier, self.data = classifier, data
-        self.batch_size, self.learning_rate = batch_size, learning_rate
-        self.path = path
-
-    def run(self, updates: int, device: torch.device) -> dict[str, Tensor]:
-        """The weights after so many updates, on the CPU."""
-        classifier, labels_of_all = self.classifier.to(device).train(), self.data.labels
-        assert labels_of_all is not None
-        self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.learning_rate)
-        done = self._resume()
-        title = f"training the classifier of {self.data.name}"
-        counted = bar((), title, updates, "update", initial=done, everywhere=True)  # one process trains it
-        with counted, torch.enable_grad(), torch.inference_mode(False):
-            for update in range(done, updates):
-                random = generator("classifier", update)
-                index = torch.randint(len(self.data.images), (self.batch_size,), generator=random)
-                images, labels = self.data.images[index].to(device), labels_of_all[index].to(device)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate * (1 - update / updates)
-                loss = F.cross_entropy(classifier.head(classifier(images)), labels)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                counted.update()
-                if (update + 1) % SAVED_EVERY == 0:
-                    self._save(update + 1)
-        return {k: v.detach().cpu().clone() for k, v in classifier.state_dict().items()}
-
-    def _save(self, update: int) -> None:
-        tensors = {f"weights {name}": p.detach().cpu() for name, p in self.classifier.named_parameters()}
-        for name, parameter in self.classifier.named_parameters():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"{key} {name}": state[key].cpu() for key in ("exp_avg", "exp_avg_sq", "step")}
-        with whole(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"update": str(update)})
-
-    def _resume(self) -> int:
-        """Updates that were done before; 0 where nothing was saved."""
-        tensors = _load(self.path)
-        if tensors is None:
-            return 0
-        done = 0
-        with torch.no_grad():
-            for name, parameter in self.classifier.named_parameters():
-                parameter.copy_(tensors[f"weights {name}"])
-                state = {key: tensors[f"{key} {name}"] for key in ("exp_avg", "exp_avg_sq", "step")}
-                moved = {key: value.to(parameter.device) for key, value in state.items() if key != "step"}
-                self.optimizer.state[parameter] = moved | {"step": state["step"]}
-                done = int(state["step"])
-        return done
+    return digest_of_weights(extractor, f"{type(extractor).__module__}.{type(extractor).__qualname__}")
 
 
 class Inception(nn.Module):
@@ -287,7 +125,11 @@ class Inception(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        return _parameters_fingerprint(self)
+        """Of the parameters alone, as in 0.1.0: its rows compare with today's."""
+        digest = hashlib.sha256()
+        for parameter in self.parameters():
+            digest.update(parameter.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
 
 def _check_digest(file: Path) -> None:

@@ -28,9 +28,11 @@ PATH_OF_DATA = "dataset.path"  # of no interest where run.json knows the data by
 BY_THEIR_KEYS = ("experiment", "trainer")  # groups whose name says less than the keys that they set
 ALWAYS = ("parameterization", "weighting")  # stand in every table
 BEFORE_GROUPS = {"method": "halving", "optimizer": "adamw"}  # of runs older than these groups
-MOVED = {
-    "pdistill.huggingface.": "pdistill.dataset.huggingface.",
-    "pdistill.extractors.": "pdistill.metrics.extractors.",
+MOVED = {  # what configurations of version 0.1.0 name
+    "pdistill.huggingface.load": "pdistill.dataset.huggingface.load",
+    "pdistill.extractors.train_classifier": "pdistill.metrics.classifier.train_classifier",
+    "pdistill.extractors.inception": "pdistill.metrics.extractors.inception",
+    "pdistill.logger.wandb_logger": "pdistill.training.logger.wandb_logger",
 }
 
 
@@ -78,8 +80,7 @@ def _path(node: object) -> str | None:
 
 
 def _name(group: str, path: str) -> str:
-    for old, new in MOVED.items():
-        path = new + path.removeprefix(old) if path.startswith(old) else path
+    path = MOVED.get(path, path)
     module, _, attribute = path.rpartition(".")
     try:
         known = registry.name_of(group, f"{module}:{attribute}")
