@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from pdistill.dataset import cache as image_cache
 from pdistill.dataset import cifar10, huggingface, image_folder, imagenet64, lsun
 from pdistill.dataset.batches import BatchKey
-from pdistill.dataset.huggingface import Stream, StreamedBatches, StreamError
+from pdistill.dataset.columns import StreamError
 from pdistill.dataset.pixels import Transform, square_pixels
+from pdistill.dataset.stream import Stream, StreamedBatches
 from pdistill.errors import UserError
 
 

@@ -297,9 +297,8 @@ def test_images_that_change_while_they_are_cached_are_refused(photos, monkeypatc
     assert len(image_folder(str(photos), 16, cache=str(cache.parent / "mine")).images) == 2
 
 
-def test_images_added_between_stop_and_resume_are_not_mixed_in(photos, monkeypatch, tmp_path):
-    monkeypatch.setattr(image_cache, "CHUNK", 1)
-    plain(photos / "1.png"), plain(photos / "2.png")
+def stopped_after_one(photos, monkeypatch, tmp_path) -> Path:
+    """The cache of two images whose making was interrupted when one was in it."""
     real, seen = image_cache.square_pixels, []
 
     def stops(image, transform):
@@ -308,11 +307,17 @@ def test_images_added_between_stop_and_resume_are_not_mixed_in(photos, monkeypat
             raise KeyboardInterrupt
         return real(image, transform)
 
-    monkeypatch.setattr(image_cache, "square_pixels", stops)
-    mine = str(tmp_path / "mine")
-    with pytest.raises(KeyboardInterrupt):
-        image_folder(str(photos), 16, cache=mine)
-    monkeypatch.setattr(image_cache, "square_pixels", real)
+    plain(photos / "1.png"), plain(photos / "2.png")
+    monkeypatch.setattr(image_cache, "CHUNK", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache, "square_pixels", stops)
+        with pytest.raises(KeyboardInterrupt):
+            image_folder(str(photos), 16, cache=str(tmp_path / "mine"))
+    return tmp_path / "mine"
+
+
+def test_images_added_between_stop_and_resume_are_not_mixed_in(photos, monkeypatch, tmp_path):
+    mine = str(stopped_after_one(photos, monkeypatch, tmp_path))
     plain(photos / "0.png")
     with pytest.raises(UserError, match="was made otherwise"):
         image_folder(str(photos), 16, cache=mine)
@@ -542,21 +547,7 @@ def test_a_place_where_no_cache_can_be(photos, tmp_path, monkeypatch):
 
 def test_a_cache_that_lost_its_last_bytes_is_begun_anew(photos, monkeypatch, tmp_path):
     """As after a power failure: the note of progress is there, and the images before it are not."""
-    monkeypatch.setattr(image_cache, "CHUNK", 1)
-    plain(photos / "1.png"), plain(photos / "2.png")
-    real, seen = image_cache.square_pixels, []
-
-    def stops(image, transform):
-        seen.append(image)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        return real(image, transform)
-
-    monkeypatch.setattr(image_cache, "square_pixels", stops)
-    mine = tmp_path / "mine"
-    with pytest.raises(KeyboardInterrupt):
-        image_folder(str(photos), 16, cache=str(mine))
-    monkeypatch.setattr(image_cache, "square_pixels", real)
+    mine = stopped_after_one(photos, monkeypatch, tmp_path)
     assert json.loads((mine / "progress.json").read_text())["kept"] == 1
     (mine / "images.bin").write_bytes(b"")
     assert colours(photos, cache=str(mine)) == [[200, 30, 30]] * 2

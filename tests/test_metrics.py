@@ -18,7 +18,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pdistill.dataset import ImageSet, digits
 from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.errors import UserError
-from pdistill.metrics import distances, extractors, provenance
+from pdistill.metrics import classifier, distances, extractors, provenance
 from pdistill.metrics import reference as references
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.distances import FrechetDistance, measures, moments
@@ -161,10 +161,10 @@ def test_the_reference_is_of_all_images_and_keeps_features_of_a_random_few(cache
 
 
 def test_the_classifier_is_cached_and_goes_on_where_it_was_stopped(cache, monkeypatch):
-    monkeypatch.setattr(extractors, "SAVED_EVERY", 10)
-    data, undisturbed = digits(), train_classifier(digits(), max_updates=35).fingerprint
+    monkeypatch.setattr(classifier, "SAVED_EVERY", 10)
+    data, undisturbed = digits(), extractors.fingerprint_of(train_classifier(digits(), max_updates=35))
     first = {p.name: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
-    assert train_classifier(data, max_updates=35).fingerprint == undisturbed
+    assert extractors.fingerprint_of(train_classifier(data, max_updates=35)) == undisturbed
     assert {p.name: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")} == first and len(first) == 1
     next(cache.glob("*.safetensors")).unlink()
     updates = []
@@ -175,16 +175,16 @@ def test_the_classifier_is_cached_and_goes_on_where_it_was_stopped(cache, monkey
             raise KeyboardInterrupt
         return torch.Generator().manual_seed(update)
 
-    monkeypatch.setattr(extractors, "generator", stopped)
+    monkeypatch.setattr(classifier, "generator", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_classifier(data, max_updates=35)
     assert updates[-1] == 25
-    resumed = train_classifier(data, max_updates=35).fingerprint
+    resumed = extractors.fingerprint_of(train_classifier(data, max_updates=35))
     assert updates[26] == 20 and updates[-1] == 34 and not list(cache.glob("*.partial"))
     next(cache.glob("*.safetensors")).unlink()
-    assert train_classifier(data, max_updates=35).fingerprint == resumed
+    assert extractors.fingerprint_of(train_classifier(data, max_updates=35)) == resumed
     many = ImageSet("many", torch.zeros(300_000, 1, 2, 2, dtype=torch.uint8), torch.zeros(300_000, dtype=torch.long))
-    monkeypatch.setattr(extractors._Training, "run", lambda self, updates, device: pytest.fail(f"{updates} updates"))
+    monkeypatch.setattr(classifier._Training, "run", lambda self, updates, device: pytest.fail(f"{updates} updates"))
     with pytest.raises(pytest.fail.Exception, match="3000 updates"):
         train_classifier(many)
     with pytest.raises(UserError, match=r"needs labels, and bare has none.*metrics=inception"):

@@ -1,0 +1,83 @@
+"""What the rows of a `datasets` table hold: encoded images, and labels. Nothing here needs that library."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from pdistill.dataset.settings import shown
+from pdistill.errors import UserError
+
+MAX_CLASSES = 100_000  # larger labels are some other number: the network has a row for each class
+
+
+class StreamError(UserError):
+    """A UserError that stays one line when it comes out of a DataLoader's worker, which wraps a trace around it."""
+
+    def __init__(self, message: str) -> None:
+        lines = message.strip().splitlines() or [""]
+        super().__init__(lines[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class Labels:
+    """The classes that a column of labels holds; refuses in one line what is none."""
+
+    def __init__(self, column: str | None, path: str, count: int | None) -> None:
+        self.column, self.path, self.count = column, path, count
+        self.order: dict[str, int] | None = None
+
+    def of_column(self, values: Sequence[Any]) -> list[int]:
+        """The classes of all rows. Strings are numbered in the order of their sorted names."""
+        if self.count is None and values and all(isinstance(value, str) for value in values):
+            self.order = {name: k for k, name in enumerate(sorted(set(values)))}
+            self.count = len(self.order)
+        return self.of_rows(values)
+
+    def of_rows(self, values: Sequence[Any]) -> list[int]:
+        """The classes of the rows from the first."""
+        classes = [self.index(value, f"row {i}") for i, value in enumerate(values)]
+        if self.count is None:
+            self.count = max(classes, default=0) + 1
+        return classes
+
+    def index(self, value: Any, row: str) -> int:
+        """The class of one example."""
+        what = f"dataset.label_column={self.column} of {shown(self.path)} holds {value!r:.80} in {row}"
+        if self.order is not None and isinstance(value, str):
+            return self.order[value]
+        if value is None or (isinstance(value, int) and value == -1):
+            raise StreamError(
+                f"{what}, which stands for no label, as in many test sets: choose another dataset.split, or "
+                f"dataset.label_column=null"
+            )
+        if isinstance(value, str):
+            raise StreamError(
+                f"{what}: labels of a stream, and of a column of several kinds, must be whole numbers; strings alone "
+                f"are possible with dataset.streaming=false, or use dataset.label_column=null"
+            )
+        limit = MAX_CLASSES if self.count is None else self.count
+        if not isinstance(value, int) or not 0 <= value < limit:
+            raise StreamError(
+                f"{what}: labels must be whole numbers from 0 to {limit - 1}: choose another column, or "
+                f"dataset.label_column=null"
+            )
+        return int(value)
+
+
+def decode(encoded: dict | None) -> Image.Image:
+    """The image, not yet loaded. Raises ValueError where there is none."""
+    if encoded is None or (encoded["bytes"] is None and not encoded["path"]):
+        raise ValueError("there is no image")
+    try:
+        if encoded["bytes"] is not None:
+            return Image.open(io.BytesIO(encoded["bytes"]))
+        if "://" in encoded["path"]:
+            import fsspec
+
+            opened: Any = fsspec.open(encoded["path"])
+            with opened as remote:
+                return Image.open(io.BytesIO(remote.read()))
+        return Image.open(encoded["path"])
+    except UnidentifiedImageError as error:
+        raise ValueError("is no image, or of a format that cannot be decoded here") from error
