@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "pictures from a denoiser",
     "report": "one page on finished runs: pdistill report outputs/a outputs/b",
     "sweep": "one table over runs: pdistill sweep outputs/a outputs/b, or wandb:<entity>/<project>",
+    "push": "a denoiser with its model card, to the Hugging Face hub: pdistill push outputs/a me/name",
 }
 
 
