@@ -119,7 +119,9 @@ def _with_home(word: str) -> str:
 
 def _end_on_signals(command: str) -> None:
     """Ctrl-C and SIGTERM end a command in a line that says what becomes of its work."""
-    what = "nothing was written" if command == "sample" else "the same command continues from what is finished"
+    what = (
+        "nothing was written" if command in ("sample", "export") else "the same command continues from what is finished"
+    )
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(f"stopped; {what}")

@@ -1,6 +1,7 @@
 """`pdistill export <denoiser>`: its whole sampler as one ONNX file or one compiled package, for who has no pdistill."""
 
 import importlib.util
+import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -13,7 +14,7 @@ from pdistill.files import whole
 
 if TYPE_CHECKING:  # for types alone: torch is slow to import, and the arguments are checked first
     from pdistill.denoiser import Denoiser
-    from pdistill.interop.export import Difference
+    from pdistill.interop.export import Difference, Graph
 
 FORMATS = ("onnx", "pt2")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("denoiser", help="a denoiser's directory, e.g. outputs/demo/steps-0004/denoiser")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="onnx (default), or a compiled pt2 package")
     parser.add_argument("--steps", type=int, help="default: those that it was distilled for")
-    parser.add_argument("--output", type=Path, help="by default beside the denoiser")
+    parser.add_argument("--output", type=lambda path: Path(path).expanduser(), help="by default beside the denoiser")
     parser.add_argument("--dtype", choices=("uint8", "float32"), default="uint8", help="of the images; default uint8")
     parser.add_argument("--no-clip", action="store_true", help="do not clamp every x_hat to [-1, 1]")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; default 1, none")
@@ -67,23 +68,34 @@ def _export(settings: Namespace, directory: Path) -> None:
     graph = export.Graph(num_steps, not settings.no_clip, settings.guidance, settings.dtype)
     kind = "-int8" if settings.int8 else ""
     file = settings.output or directory.with_name(f"{directory.name}-{num_steps}-steps{kind}.{settings.format}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file.parent} may not be written to: give another place, --output=<file>.{settings.format}")
     print(f"writing {num_steps} steps of {directory} as {settings.format}; this takes a minute or two", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder, f"sampler.{settings.format}")
-        if settings.format == "onnx":
-            export.write_onnx(denoiser, graph, scratch, settings.int8)
-            sizes = export.INT8_CHECKED if settings.int8 else export.CHECKED
-            found = export.difference(denoiser, graph, export.open_onnx(scratch), sizes)
-        else:
-            export.write_pt2(denoiser, graph, scratch)
-            found = export.difference(denoiser, graph, export.open_pt2(scratch))
-        _refuse(found, settings.int8)
-        with whole(file.expanduser()) as temporary:
-            shutil.copyfile(scratch, temporary)
+    found = _write(denoiser, graph, file, settings.int8)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
     beyond = ", beyond the rounding" if settings.dtype == "uint8" else ""
     print(f"differs from pdistill's images by {found.largest:.1e} at most, {found.rms:.1e} root mean square{beyond}")
     print("\n".join(["use it:", *usage(settings.format, file, denoiser)]))
+
+
+def _write(denoiser: "Denoiser", graph: "Graph", file: Path, int8: bool) -> "Difference":
+    """The file, once its images are known to be ours."""
+    from pdistill.interop import export
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder, f"sampler{file.suffix}")
+        if file.suffix == ".onnx":
+            export.write_onnx(denoiser, graph, scratch, int8)
+            sizes = export.INT8_CHECKED if int8 else export.CHECKED
+            found = export.difference(denoiser, graph, export.open_onnx(scratch), sizes)
+        else:
+            export.write_pt2(denoiser, graph, scratch)
+            found = export.difference(denoiser, graph, export.open_pt2(scratch))
+        _refuse(found, int8)
+        with whole(file) as temporary:
+            shutil.copyfile(scratch, temporary)
+    return found
 
 
 def _refuse(found: "Difference", int8: bool) -> None:
