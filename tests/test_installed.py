@@ -25,7 +25,7 @@ MODULE_OF = {  # a distribution's module, where the names differ
     "scikit-learn": "sklearn",
     "nvidia-ml-py": "pynvml",
 }
-BY_OTHERS = {"tensorboard"}  # of Lightning's TensorBoardLogger (conf/logger/tensorboard.yaml)
+BY_OTHERS = {"tensorboard", "onnx", "onnxscript"}  # of Lightning's TensorBoardLogger, and of torch.onnx
 
 
 def _modules_of(requirements: list[str]) -> set[str]:

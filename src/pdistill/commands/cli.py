@@ -31,7 +31,7 @@ COMPOSED = ("train", "distill", "evaluate", "sample")  # by Hydra, from conf/<co
 # How long an OpenMP thread spins before it sleeps. By default for good, so that training beside busy processes stalls;
 # measured by benchmarks/busy.py, which also shows that the weights stay the same to the byte.
 SPIN_COUNT = "10000"
-PLAIN = ("report", "sweep", "push")  # of finished runs: `pdistill report outputs/a outputs/b`
+PLAIN = ("report", "sweep", "export", "push")  # of what is finished: `pdistill report outputs/a outputs/b`
 
 
 def main() -> None:
@@ -119,7 +119,9 @@ def _with_home(word: str) -> str:
 
 def _end_on_signals(command: str) -> None:
     """Ctrl-C and SIGTERM end a command in a line that says what becomes of its work."""
-    what = "nothing was written" if command == "sample" else "the same command continues from what is finished"
+    what = (
+        "nothing was written" if command in ("sample", "export") else "the same command continues from what is finished"
+    )
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(f"stopped; {what}")

@@ -14,6 +14,7 @@ COMMANDS = {
     "distill": "distil a teacher stage by stage; trains it first, unless teacher=<denoiser> is given",
     "evaluate": "FID, KID, Inception score, precision and recall of a run or a denoiser",
     "sample": "pictures from a denoiser",
+    "export": "a denoiser's whole sampler as one file: pdistill export <denoiser> --format onnx|pt2",
     "report": "one page on finished runs: pdistill report outputs/a outputs/b",
     "sweep": "one table over runs: pdistill sweep outputs/a outputs/b, or wandb:<entity>/<project>",
     "push": "a denoiser with its model card, to the Hugging Face hub: pdistill push outputs/a me/name",

@@ -1,0 +1,230 @@
+"""A sampler as one file gives the images of `sample`; the command refuses what it cannot write."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdistill import sample
+from pdistill.commands import export as command
+from pdistill.dataset.batches import to_uint8
+from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError
+from pdistill.interop import export
+from pdistill.parameterization import Edm, V
+from pdistill.schedule import BetaSchedule, CosineSchedule, EdmSchedule, FlowSchedule
+
+pytest.importorskip("onnxruntime", reason="pip install 'pdistill[export]'")
+
+PROCESSES = {
+    "variance preserving": CosineSchedule(),
+    "zero terminal SNR": CosineSchedule(logsnr_min=float("-inf")),
+    "flow": FlowSchedule(),
+    "variance exploding": EdmSchedule(),
+}
+
+
+def noise_of(size: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(size, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def made(tiny, kind: str, schedule=None, classes: int | None = None) -> Denoiser:
+    """With classes, the last one stands for none."""
+    other = tiny("v" if kind == "edm" else kind, num_classes=classes)
+    parameterization = Edm() if kind == "edm" else other.parameterization
+    null = None if classes is None else classes - 1
+    return Denoiser(other.network, parameterization, schedule or other.schedule, null_label=null).eval()
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("kind", ["x", "v", "x_eps", "eps", "flow", "edm"])
+@torch.no_grad()
+def test_the_module_is_the_sampler(tiny, kind, process):
+    if kind == "eps" and process in ("zero terminal SNR", "flow"):
+        pytest.skip("x_hat divides by zero there")
+    denoiser = made(tiny, kind, PROCESSES[process])
+    for num_steps, clip in ((1, True), (4, True), (4, False)):
+        module = export.Sampler(denoiser, export.Graph(num_steps, clip, dtype="float32"))
+        for size, tolerance in ((3, 1e-6), (65, 1e-4)):  # from 64 images on, diffusers' layout in memory is another
+            ours = sample(denoiser, noise_of(size), num_steps, clip=clip)
+            assert (module(noise_of(size)) - ours).abs().max() <= tolerance * ours.abs().max()
+
+
+@torch.no_grad()
+def test_the_module_takes_labels_and_guidance(tiny):
+    denoiser, label = made(tiny, "x_eps", classes=4), torch.tensor([0, 1, 2])
+    for guidance in (1.0, 2.5):
+        module = export.Sampler(denoiser, export.Graph(2, guidance=guidance, dtype="float32"))
+        ours = sample(denoiser, noise_of(3), 2, label, guidance=guidance)
+        torch.testing.assert_close(module(noise_of(3), label), ours, atol=1e-6, rtol=0)
+    assert not torch.equal(ours, sample(denoiser, noise_of(3), 2, label))
+
+
+@torch.no_grad()
+def test_a_network_of_diffusers_own_recipe_is_traced_for_any_batch():
+    """Its upsampling is a layer of its own, in which the batch size decides, too."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    small = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    network = UNet2DModel(8, 1, 1, down_block_types=down, up_block_types=up, **small)
+    schedule = BetaSchedule(tuple(torch.linspace(0.999, 0.005, 100).tolist()))
+    denoiser = Denoiser(network.eval(), V(), schedule)
+    module = export.Sampler(denoiser, export.Graph(2, dtype="float32"))
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    traced = torch.export.export(module, (noise_of(2),), dynamic_shapes=shapes).module()
+    for size in (1, 65):
+        assert (traced(noise_of(size)) - sample(denoiser, noise_of(size), 2)).abs().max() < 1e-4
+
+
+def check(denoiser: Denoiser, graph: export.Graph, run: export.Run, label: bool = False) -> None:
+    """Parity with `sample` at batch sizes that the file was not made with, and around diffusers' branch."""
+    for size in (1, 3, 65):
+        labels = torch.arange(size) % 3 if label else None
+        ours = sample(denoiser, noise_of(size), graph.num_steps, labels, clip=graph.clip, guidance=graph.guidance)
+        theirs = run(noise_of(size), labels)
+        if graph.dtype == "uint8":
+            assert theirs.dtype == torch.uint8
+            off = (theirs.int() - to_uint8(ours).int()).abs()
+            assert off.max() <= 1 and off.float().mean() < 1e-3  # where 1e-4 decides the rounding
+        else:
+            assert (theirs - ours).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student's directory: 2 steps, random weights."""
+    from pdistill.network import unet
+
+    torch.manual_seed(0)
+    network = unet(8, 1, 1, 32, 32, [1, 1], 1, [])
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1)
+    denoiser = Denoiser(network, V(), CosineSchedule(), num_steps=2, lineage=["teacher", 4, 2]).eval()
+    denoiser.save(directory := tmp_path_factory.mktemp("student") / "denoiser")
+    return directory
+
+
+def test_the_command_writes_an_onnx_file(student, tmp_path, capsys, monkeypatch):
+    import onnx
+
+    file = tmp_path / "new" / "sampler.onnx"
+    command.main([str(student), "--output", str(file)])
+    assert [path.name for path in file.parent.iterdir()] == ["sampler.onnx"]
+    denoiser = Denoiser.load(student)
+    check(denoiser, export.Graph(2), export.open_onnx(file))
+    model = onnx.load(file)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(said["pdistill_lineage"]) == ["teacher", 4, 2] and said["pdistill_num_steps"] == "2"
+    assert said["pdistill_fingerprint"] == denoiser.fingerprint and said["pdistill_clip"] == "true"
+    assert not any(node.metadata_props for node in model.graph.node)  # which name directories of the machine
+    size = 4 * sum(p.numel() for p in denoiser.parameters())
+    assert file.stat().st_size < 1.5 * size  # every step uses the same weights
+    names: dict = {}
+    exec("\n".join(line.strip() for line in capsys.readouterr().out.splitlines()[-3:]), names)
+    assert names["images"].shape == (16, 1, 8, 8) and names["images"].dtype == "uint8"
+
+
+def test_float_images_under_onnxruntime(student, tmp_path):
+    denoiser, graph = Denoiser.load(student), export.Graph(2, clip=False, dtype="float32")
+    export.write_onnx(denoiser, graph, tmp_path / "a.onnx")
+    check(denoiser, graph, export.open_onnx(tmp_path / "a.onnx"))
+
+
+def test_a_file_that_differs_is_not_written(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "write_onnx", lambda denoiser, graph, file, int8: file.write_bytes(b"no graph"))
+    monkeypatch.setattr(export, "open_onnx", lambda file: lambda noise, label: torch.zeros_like(noise))
+    for extra in ([], ["--int8"]):
+        with pytest.raises(UserError, match="nothing was written"):
+            command.main([str(student), "--output", str(tmp_path / "a.onnx"), "--dtype", "float32", *extra])
+    assert not list(tmp_path.iterdir())
+
+
+BAD = [
+    ("absent", "no denoiser at absent"),
+    ("STUDENT --format tflite", "invalid choice: 'tflite'"),
+    ("TEACHER", "give --steps"),
+    ("STUDENT --steps 0", "--steps=0 must be a whole number"),
+    ("STUDENT --output FOLDER", "is a directory: give a file"),
+    ("STUDENT --output a.pt2", "must end in .onnx"),
+    ("STUDENT --format pt2 --int8", "--int8 is for --format onnx"),
+    ("STUDENT --guidance 2", "trained with label_dropout"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), BAD)
+def test_bad_input_is_told_in_one_line(typed, said, student, tiny, tmp_path):
+    tiny().save(tmp_path / "teacher")
+    places = {"STUDENT": str(student), "TEACHER": str(tmp_path / "teacher"), "FOLDER": str(tmp_path)}
+    with pytest.raises(UserError, match=said) as error:
+        command.main([places.get(word, word) for word in typed.split()])
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named(student, tmp_path, monkeypatch):
+    found = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    with pytest.raises(UserError, match=r"needs onnx: pip install 'pdistill\[export\]'"):
+        command.main([str(student)])
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    from torch._inductor import cpp_builder
+
+    getattr(cpp_builder.get_cpp_compiler, "cache_clear", lambda: None)()
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        command.main([str(student), "--format", "pt2"])
+
+
+SLOW = {
+    "x_eps with labels": ("x_eps", CosineSchedule(), export.Graph(2), 4),
+    "guidance": ("v", CosineSchedule(), export.Graph(2, guidance=2.0, dtype="float32"), 4),
+    "edm": ("edm", EdmSchedule(), export.Graph(3, dtype="float32"), None),
+    "flow": ("flow", FlowSchedule(), export.Graph(3, dtype="float32"), None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+@pytest.mark.parametrize("case", SLOW)
+def test_parity(tiny, tmp_path, case, form):
+    kind, schedule, graph, classes = SLOW[case]
+    denoiser, file = made(tiny, kind, schedule, classes), tmp_path / f"sampler.{form}"
+    (export.write_onnx if form == "onnx" else export.write_pt2)(denoiser, graph, file)
+    check(denoiser, graph, (export.open_onnx if form == "onnx" else export.open_pt2)(file), classes is not None)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_package(student, tmp_path, capsys):
+    file = tmp_path / "sampler.pt2"
+    command.main([str(student), "--format", "pt2", "--output", str(file)])
+    check(Denoiser.load(student), export.Graph(2), export.open_pt2(file))
+    said = torch._inductor.aoti_load_package(str(file)).get_metadata()
+    assert said["pdistill_num_steps"] == "2" and json.loads(said["pdistill_lineage"]) == ["teacher", 4, 2]
+    names: dict = {}
+    exec("\n".join(line.strip() for line in capsys.readouterr().out.splitlines()[-3:]), names)
+    assert names["images"].shape == (16, 1, 8, 8) and names["images"].dtype == torch.uint8
+
+
+@pytest.mark.slow
+def test_int8_is_smaller_and_close(student, tmp_path):
+    import onnx
+
+    denoiser, graph = Denoiser.load(student), export.Graph(2, dtype="float32")
+    export.write_onnx(denoiser, graph, tmp_path / "a.onnx")
+    export.write_onnx(denoiser, graph, tmp_path / "b.onnx", int8=True)
+    assert (tmp_path / "b.onnx").stat().st_size < 0.6 * (tmp_path / "a.onnx").stat().st_size
+    off = export.difference(denoiser, graph, export.open_onnx(tmp_path / "b.onnx"), (1, 64))
+    assert 0 < off.rms < 0.05
+    assert {p.key: p.value for p in onnx.load(tmp_path / "b.onnx").metadata_props}["pdistill_int8"] == "true"
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_all(student, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export.py", str(student), "--repeats", "1"])
+    runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "export.py"), run_name="__main__")
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["eager", "ONNX", "ONNX int8", "pt2"]
