@@ -46,7 +46,7 @@ class Training:
     def __init__(self, betas: str, updates: int, learning_rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         self.seed, self.updates, self.done = seed, updates, 0
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=betas)
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=betas)  # type: ignore[arg-type]
         self.network = new_network()
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), learning_rate, betas=(0.95, 0.999), weight_decay=1e-6, fused=True
