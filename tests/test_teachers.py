@@ -16,6 +16,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 
 from pdistill import Denoiser, load_diffusers_teacher, sample
 from pdistill.errors import UserError
@@ -431,24 +433,33 @@ def test_a_pickled_file_is_not_opened():
     assert "pickled file" in refusal("edm/cifar10.pkl")
 
 
-def test_the_hub(tmp_path, monkeypatch):
+@pytest.mark.parametrize("half", [False, True])
+def test_the_hub(tmp_path, monkeypatch, half):
     """The configuration first, and no weights of what is refused; then the best of the weights; its name is kept."""
-    write(tmp_path / "there")
-    resave(tmp_path / "there", torch.float16, variant="fp16")
-    fetched = []
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    write(there)
+    (there / f"{WEIGHTS}.safetensors").rename(there / f"{WEIGHTS}.fp16.safetensors")
+    if not half:
+        write(there)
+        torch.save({}, there / f"{WEIGHTS}.bin")
 
     def snapshot_download(model, revision, allow_patterns, ignore_patterns):
-        fetched.append((model, revision, *allow_patterns))
-        return str(tmp_path / "there")
+        assert (model, revision) == ("owner/name", "v1")
+        names = [str(file.relative_to(there)) for file in there.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / name, cache / name)
+        return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_diffusers_teacher("owner/name", revision="v1").lineage == ["diffusers:owner/name"]
-    assert fetched[0] == ("owner/name", "v1", "*.json", "*/*.json") and fetched[1][2].startswith("unet/diffusion_py")
-    del fetched[:]
-    set_index(vae=["diffusers", "AutoencoderKL"])(tmp_path / "there")
-    assert "works on latents" in refusal("owner/name")
-    assert len(fetched) == 1
-    assert "is a folder, and revision=v1 is for models on the hub" in refusal(tmp_path / "there", revision="v1")
+    weights = [file.name for file in cache.rglob("*") if file.suffix in (".safetensors", ".bin")]
+    assert weights == [f"diffusion_pytorch_model{'.fp16' if half else ''}.safetensors"]
+    shutil.rmtree(cache)
+    edit(there / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    assert "works on latents" in refusal("owner/name", revision="v1")
+    assert not [*cache.rglob("*.safetensors")]
+    assert "is a folder, and revision=v1 is for models on the hub" in refusal(there, revision="v1")
 
 
 @pytest.mark.parametrize(
@@ -481,3 +492,36 @@ def test_the_hub_offline(monkeypatch, tmp_path):
     z, t = noise_of(network), torch.full((2,), 0.5)
     there = load_diffusers_teacher(cached / "snapshots" / "0123abc")
     assert torch.equal(load_diffusers_teacher("owner/name")(z, t), there(z, t))
+
+
+def test_the_benchmark_trains_teachers_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Killed after its first checkpoint, it ends with the same weights; what it writes is a teacher."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.setenv("PDISTILL_CACHE", str(tmp_path / "cache"))
+    import diffusers_teachers as benchmark
+
+    monkeypatch.setattr(benchmark, "CHECKPOINT_EVERY", 2)
+    (tmp_path / "images").mkdir()
+    for k in range(4):
+        Image.new("RGB", (32, 32), (60 * k, 0, 0)).save(tmp_path / "images" / f"{k}.jpg")
+
+    def run(output: str) -> Path:
+        words = ["--data", tmp_path / "images", "--output", tmp_path / output, "--updates", 4, "--batch-size", 2]
+        monkeypatch.setattr("sys.argv", ["diffusers_teachers.py", *map(str, words), "--teachers", "cosine"])
+        benchmark.main()
+        return tmp_path / output / "teacher-cosine"
+
+    undisturbed, step = run("undisturbed"), benchmark.Training.step
+
+    def killed(training, *arguments):
+        if training.done == 3:
+            raise KeyboardInterrupt
+        return step(training, *arguments)
+
+    monkeypatch.setattr(benchmark.Training, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.setattr(benchmark.Training, "step", step)
+    again, teacher = load_diffusers_teacher(run("killed")), load_diffusers_teacher(undisturbed)
+    assert again.fingerprint == teacher.fingerprint
+    assert teacher.image_shape == (3, 32, 32) and teacher.parameterization.name == "eps"
