@@ -1,19 +1,23 @@
 """Other people's diffusers models as Denoisers: any UNet2DModel with a scheduler of discrete betas or of flow matching.
 
 Read by the classes of the components, not of the pipeline: `unet/` and `scheduler/`, or the flat layout of the oldest
-models. What cannot be read is refused by name; nothing is unpickled but by torch's weights_only loading, and no remote
-code runs.
+models. What cannot be read is refused by name, of a model on the hub before its weights are fetched. Nothing is
+unpickled but by torch's weights_only loading, and no remote code runs. docs/teachers.md has the table of what is read.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
-from diffusers import UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
+from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.parameterization import Eps, Flow, Parameterization, V, X
@@ -21,147 +25,316 @@ from pdistill.schedule import BetaSchedule, FlowSchedule, Schedule
 
 PREDICTIONS = {"epsilon": Eps, "sample": X, "v_prediction": V}
 SUPPORTED = (
-    "a UNet2DModel (unconditional or with class labels) with a scheduler of betas (DDPM, DDIM, PNDM, DPM-Solver, "
-    "UniPC, DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler"
+    "a UNet2DModel of pixels (unconditional or with class labels) with a scheduler of betas (DDPM, DDIM, PNDM, "
+    "DPM-Solver, UniPC, DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler"
 )
+LAYOUT = "model_index.json, unet/config.json with its .safetensors and scheduler/scheduler_config.json"
+PICKLES = (".pkl", ".pickle", ".ckpt", ".pt", ".pth")
+WEIGHTS = "diffusion_pytorch_model"
+# What is fetched until there are weights: safetensors rather than pickles, full rather than half precision.
+WEIGHT_FILES = [(f"{WEIGHTS}*.safetensors", "*.fp16*"), (f"{WEIGHTS}*.bin", "*.fp16*"), (f"{WEIGHTS}*.fp16*", None)]
+# Components of model_index.json that tell what kind of model it is, and what that kind is called.
+FOREIGN = {
+    "text_encoder": "it is conditioned on text (text_encoder)",
+    "vae": "it works on latents (vae), not on pixels",
+    "vqvae": "it works on latents (vqvae), not on pixels",
+    "movq": "it works on latents (movq), not on pixels",
+    "transformer": "its network is a transformer",
+    "prior": "its network is a prior, not one of images",
+}
+EARLY = ", of an early diffusers, which today's cannot load"
+NETWORKS = {
+    "UNet2DConditionModel": ", conditioned on text or images",
+    **dict.fromkeys(("UNetModel", "UNetUnconditionalModel", "DDPM"), EARLY),
+}
+TIME_EMBEDDINGS = {
+    "fourier": " (variance exploding), whose output is divided by the time",
+    "learned": ", which has no times between its own: give the model that it was made from",
+}
+
+
+def is_denoiser(path: str | Path) -> bool:
+    """Whether it is a directory that `Denoiser.save` wrote, rather than a diffusers folder or a model on the hub."""
+    return (Path(path).expanduser() / "denoiser.json").is_file()
 
 
 def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_label: int | None = None) -> Denoiser:
     """The continuous-time denoiser of a diffusers folder, or of a model on the hub, in eval mode, float32.
 
-    It keeps its own noise schedule and the timesteps that it was trained with. `null_label` is the class that stands
-    for none, where it was trained so. Learned variances are dropped. Raises UserError for what is missing, damaged or
-    not supported.
+    It keeps its own noise schedule and the timesteps that it was trained with. `revision` is a branch, tag or commit of
+    a model on the hub. `null_label` is the class that stands for none, where it was trained so: the last one. Learned
+    variances are dropped. Its lineage is ["diffusers:<hub id or folder name>"]. Raises UserError for what is missing,
+    damaged or not supported.
     """
-    folder = _folder(str(path), revision)
+    name = str(path)
+    on_hub = not _is_folder(name)
+    if not on_hub and revision is not None:
+        raise UserError(f"{name} is a folder, and revision={revision} is for models on the hub: leave it out")
+    folder = _fetched(name, revision, ["*.json", "*/*.json"]) if on_hub else Path(name).expanduser()
+    _refuse_folder(folder, name)
     unet, scheduler = (
-        _component(folder, "unet", "config.json"),
-        _component(folder, "scheduler", "scheduler_config.json"),
+        _component(folder, name, "unet", "config.json"),
+        _component(folder, name, "scheduler", "scheduler_config.json"),
     )
-    config = _read(unet / "config.json")
-    kept = _read(scheduler / "scheduler_config.json")
-    _refuse_unsupported(folder, config, kept)
-    network = _network(folder, unet, config)
-    schedule, parameterization = _schedule(folder, scheduler, kept)
-    _drop_learned_variance(folder, network, kept)
-    terminal = schedule(torch.ones(1, dtype=torch.float64))
-    if isinstance(parameterization, Eps) and terminal == -torch.inf:
-        raise UserError(
-            f"{path} predicts epsilon and ends at exactly zero SNR, where x_hat = (z - sigma eps) / alpha divides by "
-            f"zero: give a v_prediction or sample model, or a scheduler without rescale_betas_zero_snr"
-        )
-    lineage: list[str | int] = [f"diffusers:{Path(path).name}"]
+    config, kept = _read(unet / "config.json"), _read(scheduler / "scheduler_config.json")
+    _refuse_network(name, config, null_label)
+    schedule, parameterization = _schedule(name, scheduler, kept)
+    if on_hub:
+        _fetch_weights(name, revision, unet.relative_to(folder))
+    network = _network(name, unet, config)
+    _drop_learned_variance(name, network, kept)
+    lineage: list[str | int] = [f"diffusers:{name if on_hub else folder.resolve().name}"]
     return Denoiser(network, parameterization, schedule, lineage=lineage, null_label=null_label).eval()
 
 
-def _folder(path: str, revision: str | None) -> Path:
-    if Path(path).expanduser().is_dir():
-        return Path(path).expanduser()
-    if path.endswith((".pkl", ".ckpt", ".pt", ".pth")):
+def _is_folder(name: str) -> bool:
+    """False for what can only be a model on the hub, owner/name. Raises UserError for a path to no folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return True
+    if name.endswith(PICKLES):
         raise UserError(
-            f"{path} is a pickled file, which can run code when it is loaded: convert it to a diffusers folder first "
-            f"(UNet2DModel.save_pretrained). Supported: {SUPPORTED}"
+            f"{name} is a pickled file, which can run code when it is loaded, and is never opened: convert it to a "
+            f"diffusers folder first (UNet2DModel.save_pretrained). Supported: {SUPPORTED}"
         )
-    wanted = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*.bin", "*/*.bin"]
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub's own, of many kinds
+    if path.exists():
+        raise UserError(f"{name} is a file: give the diffusers folder, which holds {LAYOUT}")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).parent.is_dir():
         raise UserError(
-            f"{path} is no folder here, and the hub does not give it ({type(error).__name__}: {first_line(error)}): go "
-            f"online, or give a folder that holds model_index.json, unet/config.json with its .safetensors and "
-            f"scheduler/scheduler_config.json"
+            f"there is no folder {name}: give a diffusers folder, which holds {LAYOUT}, or a model on the hub as "
+            f"owner/name"
+        )
+    return False
+
+
+def _fetched(model: str, revision: str | None, allow: list[str], ignore: str | None = None) -> Path:
+    """The folder of a model on the hub, with the files of these patterns, from the cache where they are there."""
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+        )
+    except GatedRepoError as error:
+        raise UserError(f"{model} on the hub is gated: accept its terms on its page, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{model} is no folder here and no model on the hub that you may read: check the name, or, if it is "
+            f"private, `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{model} on the hub has no revision {revision}: give a branch, tag or commit of it") from error
+    except Exception as error:  # of the connection, the cache and the disk, of many kinds
+        raise UserError(
+            f"{model} is no folder here, and the hub does not give it ({type(error).__name__}: {first_line(error)}): "
+            f"go online, or give a folder that holds {LAYOUT}"
         ) from error
 
 
-def _component(folder: Path, name: str, config: str) -> Path:
+def _fetch_weights(model: str, revision: str | None, unet: Path) -> None:
+    for pattern, ignored in WEIGHT_FILES:
+        folder = _fetched(model, revision, [str(unet / pattern)], ignored)
+        if any((folder / unet).glob(pattern)):
+            return
+
+
+def _component(folder: Path, name: str, component: str, config: str) -> Path:
     """Its own folder, or the root of the flat layout."""
-    for place in (folder / name, folder):
+    for place in (folder / component, folder):
         if (place / config).exists():
             return place
+    pickled = [file.name for file in sorted(folder.rglob("*")) if file.suffix in PICKLES]
+    why = f" ({pickled[0]} is pickled, and never opened: convert it first)" if pickled else ""
     raise UserError(
-        f"{folder} holds no {name}/{config} and no {config}: expected a diffusers folder. Supported: {SUPPORTED}"
+        f"{name} holds no {component}/{config} and no {config}{why}: expected a diffusers folder, which holds "
+        f"{LAYOUT}. Supported: {SUPPORTED}"
     )
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({first_line(error)}): copy the folder again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: expected a JSON object; copy the folder again")
     return content
 
 
-def _refuse_unsupported(folder: Path, config: dict[str, Any], scheduler: dict[str, Any]) -> None:
-    unet, kind = config.get("_class_name"), str(scheduler.get("_class_name"))
-    reason = None
-    if "_module" in config or "_module" in scheduler or "auto_map" in config:
-        reason = f"it needs remote code ({config.get('_module') or scheduler.get('_module') or 'auto_map'}), never run"
-    elif unet != "UNet2DModel":
-        reason = f"its network is a {unet}"
-    elif config.get("time_embedding_type", "positional") != "positional":
-        reason = f"its time embedding is {config['time_embedding_type']!r}, whose output depends on the time"
-    elif not hasattr(diffusers, kind):
-        reason = f"its scheduler {kind} is not one of this diffusers"
-    elif kind in ("ScoreSdeVeScheduler", "KarrasVeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
-        reason = f"its scheduler {kind} has no betas (variance exploding)"
-    elif scheduler.get("thresholding"):
-        reason = "its scheduler thresholds dynamically, which DDIM in closed form cannot"
-    if reason:
-        raise UserError(f"{folder} cannot be a teacher: {reason}. Supported: {SUPPORTED}")
+def _in_one_line(error: Exception) -> str:
+    """Of other people's errors, whose first line often says nothing."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _network(folder: Path, unet: Path, config: dict[str, Any]) -> UNet2DModel:
+def _refusal(name: str, reason: str) -> UserError:
+    return UserError(f"{name} cannot be a teacher: {reason}. Supported: {SUPPORTED}")
+
+
+def _remote_code(config: dict[str, Any]) -> str | None:
+    """The file of code that it names, if it does."""
+    class_name = config.get("_class_name")
+    named = config.get("_module") or config.get("auto_map") or (class_name if isinstance(class_name, list) else None)
+    return (
+        None
+        if named is None
+        else f"it needs remote code ({named}), which never runs: save its network and scheduler by save_pretrained"
+    )
+
+
+def _refuse_folder(folder: Path, name: str) -> None:
+    """What model_index.json and the other files tell."""
+    if is_denoiser(folder):
+        raise UserError(f"{name} is a denoiser of pdistill, not a diffusers folder: give it as it is, teacher={name}")
+    index = _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    present = {k for k, v in index.items() if not k.startswith("_") and v != [None, None] and v is not None}
+    reasons = [reason for component, reason in FOREIGN.items() if component in present]
+    if reason := (_remote_code(index) or next(iter(reasons), None)):
+        raise _refusal(name, reason)
+
+
+def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -> None:
+    """What the network's config.json tells."""
+    kind, time = config.get("_class_name"), config.get("time_embedding_type", "positional")
+    if reason := _remote_code(config):
+        raise _refusal(name, reason)
+    if kind != "UNet2DModel":
+        raise _refusal(name, f"its network is a {kind}{NETWORKS.get(str(kind), '')}")
+    if time != "positional":
+        raise _refusal(name, f"its time embedding is {time!r}{TIME_EMBEDDINGS.get(str(time), '')}")
+    if config.get("class_embed_type") is not None:
+        raise _refusal(name, f"its class_embed_type is {config['class_embed_type']!r}, whose labels are not classes")
+    if not _is_size(config.get("sample_size")):
+        raise UserError(
+            f"{name} does not tell the size of its images (sample_size is {config.get('sample_size')!r}): write "
+            f'"sample_size": 32, or [height, width], into its config.json'
+        )
+    classes = config.get("num_class_embeds")
+    if null_label is None:
+        return
+    if classes is None:
+        raise UserError(f"null_label={null_label}, and {name} has no classes: leave it out")
+    if null_label != classes - 1:
+        raise UserError(
+            f"null_label={null_label}, and {name} has the labels 0 to {classes - 1}: the one that stands for none is "
+            f"the last, {classes - 1}; leave null_label out where there is none"
+        )
+
+
+def _is_size(size: Any) -> bool:
+    """A positive integer, or a pair of them."""
+    pair = size if isinstance(size, list) else [size, size]
+    return len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
+
+
+def _network(name: str, unet: Path, config: dict[str, Any]) -> UNet2DModel:
     """By `from_pretrained`, which alone renames old attention keys; fp16 files are read where there are no others."""
-    names = [p.name for p in unet.iterdir()]
-    plain = any(n in names for n in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"))
-    plain = plain or any(n.endswith(".index.json") and "fp16" not in n for n in names)
-    half = any(".fp16." in n for n in names)
-    if not plain and not half:
-        raise UserError(f"{unet} holds no diffusion_pytorch_model.safetensors or .bin: copy the folder again")
+    files = [file.name for file in unet.iterdir() if file.name.startswith(WEIGHTS)]
+    if not files:
+        raise UserError(f"{name} holds no {WEIGHTS}.safetensors or .bin beside its config.json: copy the folder again")
+    plain = any(".fp16" not in file for file in files)
     diffusers.utils.logging.disable_progress_bar()
     try:
-        network: UNet2DModel = UNet2DModel.from_pretrained(
-            str(unet), variant=None if plain else "fp16", torch_dtype=torch.float32, low_cpu_mem_usage=False
+        network, told = UNet2DModel.from_pretrained(  # type: ignore[misc]
+            str(unet),
+            variant=None if plain else "fp16",
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers', safetensors' and torch's own
-        raise UserError(f"diffusers cannot load {unet} ({type(error).__name__}: {first_line(error)})") from error
-    if network.config["in_channels"] > network.config["out_channels"]:
-        raise UserError(f"{folder} takes {network.config['in_channels']} channels and gives fewer: not an image model")
+        pickled = not any(file.endswith(".safetensors") for file in files)
+        more = ", or it holds more than weights, which never run" if pickled else ""
+        raise UserError(
+            f"diffusers cannot load the network of {name} ({_in_one_line(error)}): its files are "
+            f"damaged or do not fit its config.json{more}"
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told[problem]:
+            raise UserError(
+                f"the weights of {name} do not fit its config.json ({problem.replace('_', ' ')}: "
+                f"{sorted(map(str, told[problem]))[0]}, {len(told[problem])} in all): copy the folder again"
+            )
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise UserError(f"{name} holds weights that are not finite (NaN or infinite): fetch or train it again")
     return network
 
 
-def _schedule(folder: Path, scheduler: Path, config: dict[str, Any]) -> tuple[Schedule, Parameterization]:
-    kind = config["_class_name"]
+def _schedule(name: str, scheduler: Path, config: dict[str, Any]) -> tuple[Schedule, Parameterization]:
+    kind = str(config.get("_class_name"))
+    if reason := _remote_code(config):
+        raise _refusal(name, reason)
+    cls = getattr(diffusers, kind, None)
+    if not isinstance(cls, type) or not (issubclass(cls, SchedulerMixin) or hasattr(cls, "_backends")):
+        raise _refusal(
+            name, f"diffusers {diffusers.__version__} has no scheduler {kind}: save its betas as DDPMScheduler's"
+        )
     try:
-        loaded = getattr(diffusers, kind).from_pretrained(str(scheduler))
+        loaded: Any = cls.from_pretrained(str(scheduler))  # type: ignore[attr-defined]
     except Exception as error:
-        raise UserError(f"diffusers cannot load {scheduler} ({type(error).__name__}: {first_line(error)})") from error
-    steps = int(loaded.config["num_train_timesteps"])
+        raise UserError(
+            f"diffusers cannot load the scheduler of {name} ({kind}: {_in_one_line(error)}): correct its "
+            f"scheduler_config.json"
+        ) from error
+    kept = loaded.config
     if kind == "FlowMatchEulerDiscreteScheduler":
-        if loaded.config.get("use_dynamic_shifting"):
-            raise UserError(f"{folder} shifts its times by resolution (use_dynamic_shifting): give a fixed shift")
-        return FlowSchedule(shift=float(loaded.config["shift"]), train_timesteps=steps), Flow()
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS or not hasattr(loaded, "alphas_cumprod"):
-        raise UserError(f"{folder} has a {kind} with prediction_type {prediction!r}: supported are {SUPPORTED}")
-    return BetaSchedule(tuple(loaded.alphas_cumprod.double().tolist())), PREDICTIONS[prediction]()
+        for key in ("use_dynamic_shifting", "invert_sigmas"):
+            if kept.get(key):
+                raise _refusal(name, f"its scheduler has {key}, where a fixed shift is needed")
+        return FlowSchedule(shift=float(kept["shift"]), train_timesteps=int(kept["num_train_timesteps"])), Flow()
+    prediction = kept.get("prediction_type", "epsilon")
+    if "FlowMatch" in kind or prediction == "flow_prediction" or kept.get("use_flow_sigmas"):
+        raise _refusal(name, f"its flow matching comes with {kind}: write it as FlowMatchEulerDiscreteScheduler")
+    if not hasattr(loaded, "alphas_cumprod"):
+        raise _refusal(name, f"its scheduler {kind} has no betas")
+    if prediction not in PREDICTIONS:
+        raise _refusal(name, f"its prediction_type is {prediction!r}, not one of {', '.join(PREDICTIONS)}")
+    if kept.get("thresholding"):
+        raise _refusal(
+            name, 'its scheduler thresholds dynamically, which distillation cannot: write "thresholding": false'
+        )
+    if kept.get("timestep_type") == "continuous":
+        raise _refusal(name, "its network sees the logarithm of sigma (timestep_type), not timesteps")
+    schedule = _betas(name, loaded)
+    if prediction == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+        raise UserError(
+            f"{name} predicts epsilon and ends at exactly zero SNR, where x_hat = (z - sigma eps) / alpha divides by "
+            f"zero: give a v_prediction or sample model, or a scheduler without rescale_betas_zero_snr"
+        )
+    return schedule, PREDICTIONS[prediction]()
 
 
-def _drop_learned_variance(folder: Path, network: UNet2DModel, scheduler: dict[str, Any]) -> None:
+def _betas(name: str, scheduler: Any) -> BetaSchedule:
+    values, steps = scheduler.alphas_cumprod.double().tolist(), scheduler.config["num_train_timesteps"]
+    if len(values) != steps:
+        raise UserError(
+            f"the scheduler of {name} has {len(values)} trained_betas for num_train_timesteps {steps}: write "
+            f"{len(values)} for those"
+        )
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        values[-1] = 0.0  # some schedulers keep 2^-24, so that their first sigma is finite
+    try:
+        return BetaSchedule(tuple(values))
+    except ValueError as error:
+        raise UserError(
+            f"the betas of {name} cannot be a schedule ({first_line(error)}): correct its scheduler_config.json"
+        ) from error
+
+
+def _drop_learned_variance(name: str, network: UNet2DModel, scheduler: dict[str, Any]) -> None:
     """The first half of the output channels is the prediction; the second, the variance, matters to no DDIM."""
     channels, out = network.config["in_channels"], network.config["out_channels"]
     if out == channels:
         return
-    if out != 2 * channels or scheduler.get("variance_type") not in ("learned", "learned_range"):
-        raise UserError(f"{folder} gives {out} channels for {channels}: neither a prediction nor one with its variance")
+    if out != 2 * channels:
+        raise _refusal(name, f"its network takes {channels} channels and gives {out}, neither an image nor two")
+    if scheduler.get("variance_type") not in ("learned", "learned_range"):
+        raise UserError(
+            f"{name} gives {out} channels for {channels}, and its scheduler does not say that the second half is a "
+            f'variance: write "variance_type": "learned_range" into scheduler_config.json, if it is'
+        )
     with torch.no_grad():
         conv = nn.Conv2d(network.conv_out.in_channels, channels, 3, padding=1)
         conv.weight.copy_(network.conv_out.weight[:channels])
         conv.bias.copy_(network.conv_out.bias[:channels])  # type: ignore[union-attr,arg-type]
     network.conv_out = conv
     network.register_to_config(out_channels=channels)
-    print(f"{folder}: the learned variance ({out - channels} of {out} output channels) is dropped, DDIM needs none")
+    if processes.is_main():
+        print(f"{name}: the learned variance ({out - channels} of {out} output channels) is dropped, DDIM needs none")
