@@ -33,7 +33,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "dataset": {
         name: f"pdistill.dataset:{name}" for name in ("digits", "cifar10", "image_folder", "imagenet64", "lsun")
     }
-    | {"huggingface": "pdistill.dataset.huggingface:load"},
+    | {"huggingface": "pdistill.dataset.huggingface:load", "none": "pdistill.dataset.samples:teacher_samples"},
     "metrics": {
         "classifier": "pdistill.metrics.classifier:train_classifier",
         "inception": "pdistill.metrics.extractors:inception",

@@ -6,6 +6,9 @@ from itertools import pairwise
 
 from pdistill.errors import UserError
 
+CONVERTED = "converted"  # the stage that makes a teacher predict what its students do
+TEACHERS = ("teacher", CONVERTED)  # the stages that are sampled with the first step count of the plan; no students
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -16,10 +19,11 @@ class Stage:
     teacher: int  # index of the stage whose result teaches; the student starts from that of the stage before
     teacher_steps: int
     updates: int
+    continuous: bool = False  # trained at every time, as a teacher is: the result has no step count of its own
 
     @property
     def name(self) -> str:
-        return f"steps-{self.num_steps:04d}"
+        return CONVERTED if self.continuous else f"steps-{self.num_steps:04d}"
 
 
 def stages(plan: Sequence[int], updates: int, updates_last_two: int, max_teacher_steps: int = 2) -> list[Stage]:

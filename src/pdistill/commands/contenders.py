@@ -1,5 +1,6 @@
 """What evaluate measures: a run, a denoiser by itself or a diffusers pipeline; and against which data."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
 def run_of(path: Path) -> Path | None:
     """The run directory that `path` is, or in whose stages it lies."""
     candidates = [path]
-    if path.name == "denoiser" and re.fullmatch(r"teacher|steps-\d+", path.resolve().parent.name):
+    if path.name == "denoiser" and re.fullmatch(r"teacher|converted|steps-\d+", path.resolve().parent.name):
         candidates.append(path.resolve().parents[1])
     return next((c for c in candidates if (c / "config.yaml").exists() and (c / "teacher").exists()), None)
 
@@ -124,7 +125,10 @@ def reference_set(settings: Evaluate, image_shape: tuple[int, int, int]) -> Imag
 
 def _whole_reference_set(settings: Evaluate, image_shape: tuple[int, int, int]) -> ImageSet:
     if settings.dataset is not None:
-        return made(settings.dataset)
+        data = made(settings.dataset)
+        if not isinstance(data, ImageSet):
+            raise UserError("dataset=none is of a run's teacher: leave it out, and a run is measured as it was")
+        return data
     run = run_of(place_of(settings))
     if run is not None:
         return dataset_of_run(run)
@@ -154,7 +158,10 @@ def dataset_of_run(run: Path) -> ImageSet:
             f"imports=[<the module that registers it>], or dataset=..."
         )
     try:
-        data = part(**{key: value for key, value in config.items() if not key.startswith("_")})
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        if config.get("_partial_"):  # dataset=none: of the samples of the run's teacher
+            part = functools.partial(part, Denoiser.load(run / "teacher" / "denoiser"), whole["steps"]["plan"][0])
+        data = part(**given)
     except TypeError as error:
         raise UserError(
             f"{run}/config.yaml names the dataset {target} with arguments that it does not take "

@@ -6,7 +6,9 @@ import torch
 from hydra.utils import instantiate
 
 from pdistill import network as networks
+from pdistill.commands.run_directory import is_imported
 from pdistill.commands.settings import Distill, Train
+from pdistill.commands.teachers import check_data, predicting
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
@@ -42,6 +44,25 @@ def new_denoiser(settings: Train, data: ImageSet) -> Denoiser:
     return denoiser
 
 
+def new_student(settings: Distill, data: ImageSet, given: Denoiser | None) -> Denoiser:
+    """What students are to be like: as configured, or, with a diffusers teacher, that in the asked parameterization.
+
+    It differs from a given teacher, if it does, in the parameterization alone. Raises UserError for other differences.
+    """
+    if given is None:
+        return new_denoiser(settings, data)
+    parameterization = instantiate(settings.parameterization)
+    if is_imported(settings.teacher):
+        check_data(settings, given, data)
+        return predicting(given, parameterization)
+    template = new_denoiser(settings, data)
+    unstable = given.parameterization.name != parameterization.name and not given.parameterization.stable_at_zero_snr
+    like_it = predicting(given, parameterization) if unstable and given.num_steps is None else given
+    check_same(settings, template, like_it)
+    check_step_count(settings, given)
+    return template
+
+
 def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
     """Refuses a parameterization that divides by alpha where log-SNR ends at `floor` or below."""
     terminal = denoiser.schedule(torch.ones(1, dtype=torch.float64))
@@ -57,9 +78,13 @@ def check_stable(settings: Train, denoiser: Denoiser, floor: float) -> None:
     )
 
 
-def check_teacher(settings: Distill, template: Denoiser, teacher: Denoiser) -> None:
-    """A given teacher that is what the configuration says."""
+def check_same(settings: Distill, template: Denoiser, teacher: Denoiser) -> None:
+    """A given denoiser that is what the configuration says."""
     _refuse_differences(f"teacher={settings.teacher}", template, teacher)
+
+
+def check_step_count(settings: Distill, teacher: Denoiser) -> None:
+    """A given denoiser that the plan goes on from."""
     if teacher.num_steps is not None and teacher.num_steps != settings.steps.plan[0]:
         raise UserError(
             f"teacher={settings.teacher} was distilled for {teacher.num_steps} steps, and steps.plan starts at "

@@ -4,11 +4,14 @@ from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
 from pdistill.commands.settings import Distill, settings_of
+from pdistill.commands.teachers import read_recipe
 from pdistill.processes import is_main
 
 
 def main(cfg: DictConfig) -> float | None:
     """Runs all stages, or goes on, or says that they are finished; returns the last student's metric."""
+    settings_of(cfg)  # refuses wrong values first
+    read_recipe(cfg)
     settings: Distill = settings_of(cfg)
     directory, finished = run_directory.find(cfg, result="summary.json")
     if finished:

@@ -22,6 +22,7 @@ from pdistill.files import digest_of_file, read_json, whole, write_json
 from pdistill.processes import is_main
 from pdistill.report import choices
 from pdistill.report.choices import MOVED, NO_DIFFERENCE
+from pdistill.steps import TEACHERS
 
 # Groups that say what is computed; the others say where, or who watches.
 NAMED_GROUPS = (
@@ -57,6 +58,9 @@ def run_name() -> str:
         parts += [choices[g] for g in NAMED_GROUPS if g in typed and g not in ALWAYS_NAMED]
     if hydra.job.config_name == "train":
         parts.append("teacher")
+    if is_imported(typed.get("teacher")):  # which brings its own
+        own = {"schedule"} if "parameterization" in typed else {"schedule", "parameterization"}
+        parts = [part for part in parts if part not in {choices[g] for g in own}]
     return shortened([*parts, *_keys_in_words(typed)])
 
 
@@ -139,7 +143,9 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
         if ours.get(k, "absent") != theirs.get(k, "absent")
     ]
     for key in ("teacher", "start"):
-        now = digest_of_denoiser(cfg.get(key))
+        now = digest_of_denoiser(cfg.get(key), cfg.get("teacher_revision"))
+        if now is None and cfg.get(key) is not None:  # on the hub, and not fetched yet
+            continue
         if now != facts.get(key) and ("teacher" in facts or (now is None) != (theirs.get(key, "None") == "None")):
             differing.append(f"{key}: {cfg.get(key)} holds other weights now ({now}), was {facts.get(key)}")
     if differing:
@@ -166,13 +172,42 @@ def check_data(directory: Path, fingerprint: str) -> None:
         )
 
 
-def digest_of_denoiser(directory: str | None) -> str | None:
-    """Names the content of a denoiser's directory, wherever it lies; None for none."""
+def is_imported(teacher: str | None) -> bool:
+    """Whether `teacher` names a diffusers folder or a model on the hub, and no denoiser of ours."""
+    if teacher is None:
+        return False
+    folder = Path(teacher).expanduser()
+    return not (folder / "denoiser.json").exists() and ("/" in teacher or folder.is_dir())
+
+
+def digest_of_denoiser(directory: str | None, revision: str | None = None) -> str | None:
+    """Names the content of a denoiser's or a diffusers directory, wherever it lies; None for none.
+
+    Of a model on the hub it is the commit that was fetched last; None before it was fetched.
+    """
     if directory is None:
         return None
-    files = sorted(p for p in Path(directory).rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
-    lines = [f"{p.relative_to(directory)} {digest_of_file(p)}" for p in files]
+    folder = Path(directory).expanduser()
+    if is_imported(directory) and not folder.is_dir():
+        return _commit_of(directory, revision)
+    kinds = (".safetensors", ".json", ".bin")
+    files = sorted(p for p in folder.rglob("*") if p.suffix in kinds and p.is_file())
+    lines = [f"{p.relative_to(folder)} {digest_of_file(p)}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _commit_of(model: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("unet/config.json", "config.json"):
+        try:
+            path = try_to_load_from_cache(model, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(path, str):
+            return Path(path.removesuffix(f"/{file}")).name  # .../snapshots/<commit>/<file>
+    return None
 
 
 def config_of(directory: Path) -> DictConfig:
@@ -224,8 +259,10 @@ class Writing:
         self.lock = None
         if not is_main():
             return
+        teacher = digest_of_denoiser(cfg.get("teacher"), cfg.get("teacher_revision"))
         if not cfg.overwrite:
             check_data(directory, data)
+            _check_teacher(directory, cfg.get("teacher"), teacher)
         directory.parent.mkdir(parents=True, exist_ok=True)
         self.lock = (directory.parent / f".{directory.name}.lock").open("w")
         try:
@@ -243,9 +280,9 @@ class Writing:
                 directory / "run.json",
                 {
                     "version": __version__,
-                    "choices": {k: v for k, v in hydra.runtime.choices.items() if "/" not in k} if hydra else {},
+                    "choices": _choices(cfg),
                     "overrides": list(hydra.overrides.task) if hydra else [],
-                    "teacher": digest_of_denoiser(cfg.get("teacher")),
+                    "teacher": teacher,
                     "start": digest_of_denoiser(cfg.get("start")),
                     "data": data,
                 },
@@ -259,11 +296,32 @@ class Writing:
             self.lock.close()
 
 
+def _choices(cfg: DictConfig) -> dict[str, str | None]:
+    """The names that were chosen in each group, or that a diffusers teacher brought."""
+    if not HydraConfig.initialized():
+        return {}
+    chosen = {k: v for k, v in HydraConfig.get().runtime.choices.items() if "/" not in k}
+    if is_imported(cfg.get("teacher")):
+        chosen |= {k: str(cfg[k]) for k in ("network", "schedule")}
+        chosen |= choices.names_of({"parameterization": OmegaConf.to_container(cfg.parameterization)})
+    return chosen
+
+
+def _check_teacher(directory: Path, teacher: str | None, digest: str | None) -> None:
+    """Of a model on the hub, which is known by its content only once it is fetched."""
+    before = facts_of(directory).get("teacher") if (directory / "run.json").exists() else None
+    if before not in (None, digest):
+        raise UserError(
+            f"{directory} was begun with teacher={teacher} at {before}, and it is at {digest} now: give "
+            f"teacher_revision={before}, another name=..., or overwrite=true to start again"
+        )
+
+
 def last_metric(directory: Path) -> float | None:
     """The metric of the last stage that is finished: what a sweep optimises. None where nothing was measured."""
     rows = [read_json(path) for path in sorted(directory.glob("*/metrics.json"))]
     rows = [row for row in rows if isinstance(row, dict)]
     if not rows:
         return None
-    last = min(rows, key=lambda row: (row["stage"] == "teacher", row["num_steps"]))
+    last = min(rows, key=lambda row: (row["stage"] in TEACHERS, row["num_steps"]))
     return next((float(v) for k, v in last.items() if k.startswith("fid") and isinstance(v, int | float)), None)

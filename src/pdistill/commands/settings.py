@@ -16,7 +16,7 @@ from pdistill import registry
 from pdistill.checks import number, whole
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
-from pdistill.training.settings import Distillation, Steps, Training
+from pdistill.training.settings import Conversion, Distillation, Steps, Training
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
 
@@ -90,8 +90,21 @@ class Distill(Train):
     """Settings of a run that trains a teacher, or takes one, and distils it stage by stage."""
 
     teacher: str | None = None
-    """A denoiser directory; null: train one first."""
+    """A denoiser directory, a diffusers folder, or a model on the hub as owner/name; null: train one first."""
+    teacher_revision: str | None = None
+    """Of a model on the hub: a branch, tag or commit."""
+    teacher_null_label: int | None = None
+    """The class that stands for none in a diffusers model: its last one, where it was trained so."""
+    conversion: Conversion = field(default_factory=Conversion)
     method: Any = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("teacher_revision", "teacher_null_label"):
+            if getattr(self, key) is not None and self.teacher is None:
+                raise UserError(f"{key}={getattr(self, key)} is of a teacher: give teacher=<a diffusers model>")
+        if self.teacher_null_label is not None:
+            whole("teacher_null_label", self.teacher_null_label, 1)
 
 
 @dataclass

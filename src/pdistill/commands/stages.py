@@ -6,7 +6,7 @@ order; while a stage trains, `last.ckpt` is what it resumes from.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from pdistill.commands import run_directory
-from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, check_teacher, new_denoiser
+from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_denoiser, new_student
+from pdistill.commands.run_directory import is_imported
 from pdistill.commands.settings import Distill, Train
+from pdistill.commands.teachers import given_teacher, images_of, predicting
 from pdistill.commands.timing import time_stages
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
+from pdistill.method.conversion import Conversion
 from pdistill.metrics.curve import measure_teacher
 from pdistill.metrics.extractors import build
 from pdistill.metrics.fid import FID
@@ -32,7 +35,7 @@ from pdistill.processes import barrier, gather, is_main, of_main, rank, world_si
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
-from pdistill.steps import Stage
+from pdistill.steps import CONVERTED, Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
@@ -69,7 +72,7 @@ class Job:
 
 def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
     """A teacher, in `directory`/teacher. Raises UserError before any work starts where the input is bad."""
-    data: ImageSet = instantiate(settings.dataset)
+    data = images_of(settings)
     teacher = new_denoiser(settings, data)
     check_stable(settings, teacher, floor=-torch.inf)
     _check(settings, [settings.training])
@@ -83,15 +86,14 @@ def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
 
 def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
-    data: ImageSet = instantiate(settings.dataset)
     method = instantiate(settings.method)
     plan = method.stages(settings.steps, settings.distillation.max_teacher_steps)
-    template = new_denoiser(settings, data)
-    check_stable(settings, template, floor=NEARLY_ZERO_SNR)
-    given = Denoiser.load(Path(settings.teacher).expanduser()) if settings.teacher else None
-    if given is not None:
-        check_teacher(settings, template, given)
-    _check(settings, [settings.distillation] if given else [settings.training, settings.distillation])
+    given = given_teacher(settings)
+    _check(settings, [settings.conversion if given else settings.training, settings.distillation])
+    data = images_of(settings, given, _trainer(settings).strategy.root_device)
+    template = new_student(settings, data, given)
+    check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
+    converts = given is not None and given.architecture != template.architecture
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
         teacher = directory / "teacher"
@@ -103,6 +105,9 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         updates = 0 if given else settings.training.updates
         rows = [_finish_stage(job, "teacher", num_steps, {"updates": updates, "parent": None})]
         results = [teacher]
+        if converts:
+            rows.append(_convert(job, teacher))
+            results = [job.directory / CONVERTED]
         for stage in plan:
             _distill_stage(job, method, stage, results)
             facts = {"updates": stage.updates, "parent": results[-1].name}
@@ -179,6 +184,20 @@ def _distill_stage(job: Job, method: Any, stage: Stage, results: list[Path]) -> 
     start, teacher = (Denoiser.load(results[k] / "denoiser") for k in (-1, stage.teacher))
     module = DistillationModule(teacher, stage, job.recipe(section), method, start=start)
     _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
+
+
+def _convert(job: Job, teacher: Path) -> dict[str, Any]:
+    """The stage between a teacher and its first student, where they predict different things. Returns its row."""
+    settings: Distill = job.settings  # type: ignore[assignment]
+    section, method = settings.conversion, Conversion(settings.conversion.clip)
+    (stage,) = method.stages(settings.steps)
+    stage = replace(stage, updates=section.updates or stage.updates)
+    if not _is_trained(job.directory / CONVERTED):
+        given = Denoiser.load(teacher / "denoiser")
+        start = predicting(given, instantiate(settings.parameterization))
+        module = DistillationModule(given, stage, job.recipe(section), method, start=start)
+        _fit(job, module, CONVERTED, section.batch_size, (stage.updates, stage.num_steps))
+    return _finish_stage(job, CONVERTED, stage.num_steps, {"updates": stage.updates, "parent": "teacher"})
 
 
 def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: tuple[int, int]) -> None:

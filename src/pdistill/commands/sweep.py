@@ -20,6 +20,7 @@ from pdistill.metrics.provenance import comparable
 from pdistill.report import page, plots, tables, wandb
 from pdistill.report.choices import ALWAYS, Config, Made, silent, tell_apart
 from pdistill.report.runs import curves_of, finite, metric_keys, ratios_of, rows_of, run_json
+from pdistill.steps import TEACHERS
 
 # Table 1 of the paper: FID of undistilled CIFAR-10 models, DDIM and stochastic sampler, means of three seeds.
 PAPER_CIFAR10 = {
@@ -224,7 +225,7 @@ def _row(job: Job, keys: list[str]) -> Row:
     for key in metric_keys(stages):
         for stage in stages:
             teacher = stage["stage"] == "teacher"
-            values = {"teacher" if teacher else str(stage["num_steps"]): stage.get(key)}
+            values = {stage["stage"] if stage["stage"] in TEACHERS else str(stage["num_steps"]): stage.get(key)}
             if teacher and job.elsewhere is None:
                 values["teacher, ancestral"] = teacher_points(job.place).get("ancestral", {}).get(stage["num_steps"])
             row |= {f"{key} {column}": v for column, value in values.items() if (v := finite(value)) is not None}

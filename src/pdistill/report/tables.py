@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pdistill.metrics.curve import Curves
 from pdistill.metrics.provenance import comparable
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys
+from pdistill.steps import TEACHERS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,7 +58,7 @@ def terminal(headings: Sequence[str], lines: Sequence[Sequence[str]], title: str
 def title(row: dict, separator: str = ", ") -> str:
     """ "teacher, 32 steps", "1 step"."""
     steps = f"{row['num_steps']} step" + "s" * (row["num_steps"] > 1)
-    return f"teacher{separator}{steps}" if row["stage"] == "teacher" else steps
+    return f"{row['stage']}{separator}{steps}" if row["stage"] in TEACHERS else steps
 
 
 def stages(rows: list[dict]) -> Words:
@@ -88,7 +89,10 @@ def stage_notes(rows: list[dict]) -> list[str]:
         notes.append("Long samplers were timed for a part of their steps, and the seconds scaled up.")
     number = next((row["num_samples"] for row in rows if row.get("num_samples")), None)
     if metric_keys(rows) and number:
-        notes.append(f"{metric_keys(rows)[0]}: {number} samples against the training set; lower is better.")
+        reference = str((rows[0].get("provenance") or {}).get("reference", ""))
+        none = " of the teacher" in reference  # dataset=none
+        against = "the samples of the teacher, not real images" if none else "the training set"
+        notes.append(f"{metric_keys(rows)[0]}: {number} samples against {against}; lower is better.")
     return notes
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdistill.errors import UserError, first_line
-from pdistill.report.runs import finite
+from pdistill.report.runs import finite, place_in_table
+from pdistill.steps import TEACHERS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def stages_of(summary: dict[str, Any]) -> list[dict]:
     stages: dict[str, dict] = {}
     for key, value in summary.items():
         prefix, _, name = key.partition("/")
-        if name and (prefix == "teacher" or prefix.startswith("steps_")):
+        if name and (prefix in TEACHERS or prefix.startswith("steps_")):
             stages.setdefault(prefix.replace("_", "-"), {})[name] = value
     made_with = {"provenance": dict(summary["provenance"])} if summary.get("provenance") else {}
     rows: list[dict[str, Any]] = [
@@ -50,7 +51,7 @@ def stages_of(summary: dict[str, Any]) -> list[dict]:
         for stage, row in stages.items()
         if finite(row.get("num_steps"))
     ]
-    return sorted(rows, key=lambda row: (row["stage"] != "teacher", -row["num_steps"]))
+    return sorted(rows, key=place_in_table)
 
 
 def build(project: Project, metrics: list[str]) -> Any:

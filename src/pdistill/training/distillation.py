@@ -30,8 +30,8 @@ class DistillationModule(DenoisingModule):
         start: Denoiser | None = None,
     ) -> None:
         student = copy.deepcopy(start or teacher)
-        student.num_steps = stage.num_steps
-        student.lineage = [*student.lineage, stage.num_steps]
+        student.num_steps = None if stage.continuous else stage.num_steps
+        student.lineage = [*student.lineage, stage.name if stage.continuous else stage.num_steps]
         super().__init__(student, recipe, stage.index, linear_to_zero(stage.updates))
         self.teacher = teacher.requires_grad_(False).eval()
         self.stage = stage

@@ -68,6 +68,25 @@ class Distillation(Optimization):
 
 
 @dataclass
+class Conversion(Optimization):
+    """Of the stage that makes a teacher predict x or v, where it predicts eps."""
+
+    learning_rate: float = 3e-4
+    """Annealed linearly to 0."""
+    updates: int | None = None
+    """Updates of the weights; null: as many as each of the last two stages."""
+    clip: bool = True
+    """Clamp the teacher's predictions, which are the targets, to [-1, 1]."""
+
+    section = "conversion"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.updates is not None:
+            whole("conversion.updates", self.updates, 1)
+
+
+@dataclass
 class Steps:
     """The plan of step counts."""
 
