@@ -1,7 +1,5 @@
 """`distill.py teacher=<diffusers folder>`: what it takes from the teacher, conversion, no data, and what is refused."""
 
-import json
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -12,10 +10,8 @@ from pdistill import Denoiser, load_diffusers_teacher, sample
 from pdistill.commands.teachers import predicting
 from pdistill.dataset import digits
 from pdistill.dataset.batches import to_float
-from pdistill.dataset.samples import teacher_samples
-from pdistill.errors import UserError
 from pdistill.method.conversion import Conversion
-from pdistill.parameterization import V, X
+from pdistill.parameterization import V
 from pdistill.steps import Stage
 from pdistill.weighting import truncated_snr
 
@@ -78,7 +74,9 @@ def test_targets_are_clipped_where_eps_says_little(eps_teacher):
     teacher = load_diffusers_teacher(eps_teacher)
     noise = torch.randn(128, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     goal = sample(teacher, noise, 16)
-    errors = {clip: float((sample(converted(teacher, clip), noise, 16) - goal).square().mean()) for clip in (True, False)}
+    errors = {
+        clip: float((sample(converted(teacher, clip), noise, 16) - goal).square().mean()) for clip in (True, False)
+    }
     start = float((sample(predicting(teacher, V()), noise, 16) - goal).square().mean())
     print(f"mean squared difference from the teacher's samples: {errors}, before conversion {start:.3f}")
     assert errors[True] < 0.5 * errors[False] and errors[True] < 0.2 * start

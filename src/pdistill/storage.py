@@ -19,7 +19,7 @@ from pdistill import registry
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, whole_directory, write_json
-from pdistill.interop import diffusers as pipelines
+from pdistill.interop import students
 
 FORMAT = 2  # 1, of version 0.1.0, is read too
 DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
@@ -31,16 +31,15 @@ D = TypeVar("D", bound=Denoiser)
 def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     """Writes the directory whole or not at all, replacing one that stands there.
 
-    `grid` is the step count of the diffusers pipeline; by default `num_steps`, or 1024 for a teacher. There is no
-    `model_index.json` where no diffusers pipeline knows the output (x_eps, edm), the process (all but variance
-    preserving) or the condition (classes). Raises UserError for a part that is not registered.
+    `grid` is the step count of the diffusers pipeline; by default `num_steps`, or 1024 for a teacher, whose pipeline is
+    written for a multiple of it: see `interop.students`. Raises UserError for a part that is not registered.
     """
     grid = grid or denoiser.num_steps or DEFAULT_GRID
-    description = describe(denoiser) | {"pipeline_steps": grid, "fingerprint": denoiser.fingerprint}
+    description = describe(denoiser) | {"fingerprint": denoiser.fingerprint}
     weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}
     with whole_directory(directory) as temporary:
         if isinstance(denoiser.network, UNet2DModel):
-            pipelines.write_unet(denoiser, weights, grid, temporary)
+            description["pipeline_steps"] = students.write(denoiser, weights, grid, temporary)
         else:
             (temporary / WEIGHTS).parent.mkdir()
             save_file(weights, temporary / WEIGHTS)
@@ -92,7 +91,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         except UserError as error:
             raise UserError(f"{directory} cannot be loaded: {error}") from error
         if made["name"] == "unet":
-            network = pipelines.read_unet(directory)
+            network = students.read(directory)
         else:
             network = networks.rebuild(made)
             network.load_state_dict(load_file(directory / WEIGHTS))
