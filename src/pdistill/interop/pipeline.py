@@ -96,6 +96,7 @@ class FewStepPipeline(DiffusionPipeline):
         generator=None,
         num_inference_steps=None,
         class_labels=None,
+        *,
         guidance=1.0,
         clip=True,
         noise=None,
