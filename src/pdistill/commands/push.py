@@ -25,7 +25,15 @@ from pdistill.report.card import MARK, Model
 from pdistill.report.runs import check, rows_of
 
 FOLDERS = ("unet", "scheduler", "network")
-FILES = ("denoiser.json", "model_index.json", "pipeline.py", "README.md", "comparison.png", "samples.png")
+FILES = (
+    "denoiser.json",
+    "model_index.json",
+    "pipeline.py",
+    "continuous_time.safetensors",
+    "README.md",
+    "comparison.png",
+    "samples.png",
+)
 OF_THE_HUB = {".gitattributes", "README.md", "LICENSE"}  # what a new repository may hold
 LOCAL = "or write the folder here with --local FOLDER"
 
