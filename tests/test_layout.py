@@ -46,7 +46,13 @@ UPWARDS = {("denoiser", "storage")}  # Denoiser.save and Denoiser.load, imported
 NO_MODULE = {"trainer", "experiment", "hydra"}  # groups of Lightning's and Hydra's own, and of whole experiments
 IN_TRAINING = {"logger", "callbacks"}
 MOST_ARGUMENTS = 6
-KEYWORDS_FREE = {"sampling.sample", "target.distillation_target", "denoiser.Denoiser.__init__"}  # public functions
+KEYWORDS_FREE = {  # public functions
+    "sampling.sample",
+    "target.distillation_target",
+    "denoiser.Denoiser.__init__",
+    "interop.pipeline.StudentPipeline.__init__",
+    "interop.pipeline.StudentPipeline.__call__",
+}
 # Of nodes of conf/, which give their arguments by name:
 NODES = {"network.unet", "dataset.folders.image_folder", "dataset.huggingface.load"}
 PUBLIC = {

@@ -1,90 +1,22 @@
-"""diffusers' directories: ours, which diffusers opens by itself, and other people's pipelines, measured like ours."""
+"""Other people's diffusers pipelines, measured like ours."""
 
 import copy
 import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-from safetensors.torch import load_file, save_file
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from pdistill.bars import bar
 from pdistill.errors import UserError, first_line
-from pdistill.files import write_json
 from pdistill.network import digest_of_weights, image_shape_of
 from pdistill.randomness import generator
 from pdistill.sampling import Draw
-from pdistill.schedule import betas, variance_preserving
-
-if TYPE_CHECKING:
-    from pdistill.denoiser import Denoiser
-
-PREDICTION_TYPES = {"v": "v_prediction", "x": "sample", "eps": "epsilon"}  # diffusers has no word for the others
-UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def write_unet(denoiser: "Denoiser", weights: dict[str, Tensor], grid: int, directory: Path) -> None:
-    """`unet/`, and where diffusers has words for it `scheduler/` and `model_index.json`, for `grid` steps.
-
-    The pipeline's network has a learned embedding of `grid` times, whose rows are the sinusoidal embeddings of the
-    timesteps at t = 1/grid, ..., 1; everything else is the continuous-time network's.
-    """
-    network: Any = denoiser.network
-    t = torch.arange(1, grid + 1, dtype=torch.float64) / grid
-    timesteps = denoiser.schedule.timestep(t).float().to(network.device)
-    weights = weights | {"time_proj.weight": network.time_proj(timesteps).cpu()}
-    (directory / "unet").mkdir()
-    save_file(weights, directory / "unet" / UNET_WEIGHTS, metadata={"format": "pt"})
-    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
-    learned = {"_class_name": "UNet2DModel", "time_embedding_type": "learned", "num_train_timesteps": grid}
-    write_json(directory / "unet" / "config.json", config | learned)
-    if not _has_words_for(denoiser):
-        return
-    _scheduler(denoiser, grid).save_pretrained(directory / "scheduler")
-    index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    write_json(directory / "model_index.json", index)
-
-
-def read_unet(directory: Path) -> UNet2DModel:
-    """The continuous-time network of a directory that `write_unet` wrote."""
-    config = json.loads((directory / "unet" / "config.json").read_text())
-    weights = load_file(directory / "unet" / UNET_WEIGHTS)
-    del weights["time_proj.weight"]
-    network: Any = UNet2DModel.from_config(config | {"time_embedding_type": "positional", "num_train_timesteps": None})
-    network.load_state_dict(weights)
-    return network
-
-
-def _has_words_for(denoiser: "Denoiser") -> bool:
-    """A pipeline of images alone knows v, x and eps of a variance-preserving process, and passes no labels."""
-    logsnr = torch.linspace(-5, 5, 11, dtype=torch.float64)
-    processes = zip(denoiser.schedule.alpha_sigma(logsnr), variance_preserving(logsnr), strict=True)
-    known = getattr(denoiser.parameterization, "name", None) in PREDICTION_TYPES
-    return known and denoiser.num_classes is None and all(torch.allclose(*pair) for pair in processes)
-
-
-def _scheduler(denoiser: "Denoiser", num_steps: int) -> DPMSolverMultistepScheduler:
-    """diffusers' first-order DPM-Solver++ on our grid: clipped DDIM with eps recomputed."""
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=num_steps,
-        trained_betas=betas(denoiser.schedule, num_steps),
-        prediction_type=PREDICTION_TYPES[denoiser.parameterization.name],  # type: ignore[arg-type]
-        solver_order=1,
-        algorithm_type="dpmsolver++",
-        timestep_spacing="trailing",
-        final_sigmas_type="zero",
-        thresholding=True,
-        sample_max_value=1.0,
-    )
 
 
 def is_pipeline(path: Path) -> bool:
