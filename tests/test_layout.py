@@ -46,15 +46,15 @@ UPWARDS = {("denoiser", "storage")}  # Denoiser.save and Denoiser.load, imported
 NO_MODULE = {"trainer", "experiment", "hydra"}  # groups of Lightning's and Hydra's own, and of whole experiments
 IN_TRAINING = {"logger", "callbacks"}
 MOST_ARGUMENTS = 6
-PIPELINE = "interop.pipeline.FewStepPipeline"
 KEYWORDS_FREE = {  # public functions
     "sampling.sample",
     "target.distillation_target",
     "denoiser.Denoiser.__init__",
-    f"{PIPELINE}.__call__",
+    "interop.pipeline.StudentPipeline.__init__",
+    "interop.pipeline.StudentPipeline.__call__",
 }
-# Of nodes of conf/ and of model_index.json, which give their arguments by name:
-NODES = {"network.unet", "dataset.folders.image_folder", "dataset.huggingface.load", f"{PIPELINE}.__init__"}
+# Of nodes of conf/, which give their arguments by name:
+NODES = {"network.unet", "dataset.folders.image_folder", "dataset.huggingface.load"}
 PUBLIC = {
     "conversions": ("Eps", "X", "XEps", "V", "CosineSchedule"),
     "weightings": ("snr", "truncated_snr", "snr_plus_one", "constant"),

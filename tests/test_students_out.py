@@ -1,147 +1,257 @@
-"""A denoiser's folder, opened by diffusers alone, draws the images of `pdistill.sample` from the same noise."""
+"""Students in diffusers' hands: opened from the disk by diffusers alone, they sample as `pdistill.sample` does."""
 
 import json
+import math
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from diffusers.utils import logging
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from pdistill import CosineSchedule, Denoiser, sample
-from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
-from pdistill.schedule import BetaSchedule, EdmSchedule, FlowSchedule
+from pdistill import Denoiser, sample
+from pdistill.errors import UserError
+from pdistill.interop.diffusers import Pipeline
+from pdistill.network import unet
+from pdistill.parameterization import V
+from pdistill.registry import find
+from pdistill.schedule import BetaSchedule, CosineSchedule, EdmSchedule, FlowSchedule
 
-LINEAR = tuple((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).tolist())
-CHANNELS = 32
-
-KINDS = {  # parameterization, schedule, classes, whether a plain pipeline opens it, whether that clips
-    "v": (V(), CosineSchedule(), None, True, True),
-    "x, zero SNR": (X(), CosineSchedule(logsnr_min=-torch.inf), None, True, True),
-    "eps": (Eps(), CosineSchedule(logsnr_min=-6.0), None, True, True),
-    "v of betas": (V(), BetaSchedule(LINEAR), None, True, True),
-    "flow": (Flow(), FlowSchedule(), None, True, False),
-    "flow, imported": (Flow(), FlowSchedule(train_timesteps=1000), None, True, False),
-    "flow, shifted": (Flow(), FlowSchedule(shift=3.0), None, False, True),
-    "v of flow": (V(), FlowSchedule(), None, False, True),
-    "x_eps": (XEps(), CosineSchedule(), None, False, True),
-    "edm": (Edm(), EdmSchedule(), None, False, True),
-    "edm, variance preserving": (Edm(), CosineSchedule(), None, False, True),
-    "v with classes": (V(), CosineSchedule(), 3, False, True),
-    "flow with classes": (Flow(), FlowSchedule(), 3, False, True),
+BETAS = BetaSchedule(tuple((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).tolist()))
+ZERO_SNR = CosineSchedule(logsnr_min=-math.inf)
+PLAIN = {  # (parameterization, schedule)
+    "v": ("v", CosineSchedule()),
+    "x": ("x", CosineSchedule()),
+    "eps": ("eps", CosineSchedule()),
+    "v, zero SNR": ("v", ZERO_SNR),
+    "v, betas": ("v", BETAS),
+    "eps, betas": ("eps", BETAS),
 }
+FLOW = {"flow": ("flow", FlowSchedule()), "flow of 1000": ("flow", FlowSchedule(train_timesteps=1000))}
+OURS = {  # (parameterization, schedule, classes, guidance)
+    "x_eps": ("x_eps", CosineSchedule(), None, 1.0),
+    "v of classes": ("v", CosineSchedule(), 3, 1.0),
+    "v of classes, guided": ("v", CosineSchedule(), 3, 2.0),
+    "edm": ("edm", EdmSchedule(), None, 1.0),
+    "edm, variance preserving": ("edm", ZERO_SNR, None, 1.0),
+    "x, variance exploding": ("x", EdmSchedule(), None, 1.0),
+    "flow, shifted": ("flow", FlowSchedule(shift=3.0), None, 1.0),
+    "flow of classes": ("flow", FlowSchedule(), 3, 1.0),
+    "v on straight paths": ("v", FlowSchedule(), None, 1.0),
+    "x on straight paths": ("x", FlowSchedule(), None, 1.0),
+}
+SEED, BATCH = 5, 4
 
 
-def denoiser(kind: str, num_steps: int | None, null_label: int | None = None) -> Denoiser:
-    parameterization, schedule, classes, *_ = KINDS[kind]
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=parameterization.channels(1),
-        layers_per_block=1,
-        block_out_channels=(CHANNELS, CHANNELS),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=classes,
-    )
-    torch.nn.init.normal_(network.conv_out.weight, std=0.1)
-    return Denoiser(network, parameterization, schedule, num_steps, ["teacher", num_steps or 0], null_label).eval()
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    """diffusers copies a folder's code to a cache, from which it imports it."""
+    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
-def noise(count: int = 3) -> torch.Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+@pytest.fixture
+def student(tiny):
+    """student("v", schedule, 4) -> a denoiser of random weights and so many steps, unlike any saved default."""
+
+    def student(name: str, schedule, num_steps: int | None, classes: int | None = None) -> Denoiser:
+        denoiser = tiny(name, num_classes=None if classes is None else classes + 1)
+        network, null = denoiser.network, classes
+        torch.nn.init.normal_(network.conv_out.weight, std=0.2)
+        lineage = ["teacher", *([] if num_steps is None else [2 * num_steps, num_steps])]
+        return Denoiser(network, denoiser.parameterization, schedule, num_steps, lineage, null).eval()
+
+    return student
 
 
-def images(pipeline, **options) -> torch.Tensor:
-    """What diffusers draws from `noise()`, in [-1, 1], where it shows them."""
+def drawn(folder, ours: bool = False, clipping: bool = False, **arguments) -> torch.Tensor:
+    """Images in [-1, 1] by diffusers, from the noise of `noise()`."""
+    if clipping:
+        options = {"custom_pipeline": f"{folder}/pipeline.py", "trust_remote_code": True}
+    else:
+        options = {"trust_remote_code": True} if ours else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(batch_size=3, generator=torch.Generator().manual_seed(7), output_type="np", **options).images
-    return torch.from_numpy(drawn).movedim(-1, 1) * 2 - 1
+    images = pipeline(BATCH, torch.Generator().manual_seed(SEED), output_type="pt", **arguments).images
+    return images * 2 - 1
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return bool((ours.clamp(-1, 1) - theirs).abs().max() < 1e-3)
+def noise() -> torch.Tensor:
+    """As DDPMPipeline draws it."""
+    return torch.randn(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(SEED))
 
 
-@pytest.mark.parametrize("num_steps", [1, 4, 16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_draws_the_same_images(tmp_path, capfd, kind, num_steps):
-    *_, classes, plain, clips = KINDS[kind]
-    if kind == "flow, shifted" and num_steps == 1:  # a shift moves neither end
-        plain, clips = True, False
-    student = denoiser(kind, num_steps)
-    student.save(tmp_path / "student")
-    label = None if classes is None else torch.tensor([0, 1, 2])
-    ours = {clip: sample(student, noise(), num_steps, label, clip=clip) for clip in (True, False)}
-    logging.set_verbosity_warning()
-    if plain:
-        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
-        assert close(ours[clips], images(pipeline, num_inference_steps=num_steps))
-    which = {"custom_pipeline": "pipeline"} if plain else {}
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student", trust_remote_code=True, **which)
-    labels = {} if classes is None else {"class_labels": [0, 1, 2]}
+def expected(denoiser: Denoiser, num_steps: int, condition=None, **options) -> torch.Tensor:
+    return sample(denoiser, noise(), num_steps, condition, **options).clamp(-1, 1)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.std() > 0.1 and bool((ours - theirs).abs().max() < 1e-3)
+
+
+@pytest.fixture
+def quiet(caplog):
+    """Of diffusers' warnings about a folder, none."""
+    diffusers.utils.logging.enable_propagation()
+    yield
+    diffusers.utils.logging.disable_propagation()
+    warned = [r.getMessage() for r in caplog.records if r.name.startswith("diffusers") and r.levelname == "WARNING"]
+    assert not [line for line in warned if "trust_remote_code" not in line and "accelerate" not in line]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_opened_as_it_is(student, tmp_path, quiet, kind, num_steps):
+    denoiser = student(*PLAIN[kind], num_steps)
+    denoiser.save(tmp_path / "student")
+    assert same(expected(denoiser, num_steps), drawn(tmp_path / "student", num_inference_steps=num_steps))
+
+
+@pytest.mark.parametrize("name", ["v", "x"])
+def test_without_a_step_count_the_images_are_the_same(tmp_path, name):
+    """Those of 3 steps, though diffusers takes its 1000."""
+    torch.manual_seed(0)
+    network = unet(8, 1, 1, 32, 32, [1], 1, [])
+    torch.nn.init.normal_(network.conv_out.weight, std=0.2)
+    denoiser = Denoiser(network, find("parameterization", name)(), ZERO_SNR, 3).eval()
+    denoiser.save(tmp_path / "student")
+    assert same(expected(denoiser, 3), drawn(tmp_path / "student"))
+
+
+def test_a_teacher_in_steps_that_divide_its_grid(student, tmp_path):
+    """The grid is 1000 where 250 is asked for, and whoever gives no step count takes all of it."""
+    denoiser = student("v", CosineSchedule(), None)
+    denoiser.save(tmp_path / "teacher", grid=250)
+    for num_steps in (4, 40):
+        assert same(expected(denoiser, num_steps), drawn(tmp_path / "teacher", num_inference_steps=num_steps))
+    scheduler = DiffusionPipeline.from_pretrained(tmp_path / "teacher").scheduler
+    scheduler.set_timesteps(1000)
+    assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
+    abar = torch.sigmoid(denoiser.schedule(torch.arange(1, 1001, dtype=torch.float64) / 1000))
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), abar, rtol=1e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("kind", FLOW)
+def test_flow_by_its_euler_scheduler(student, tmp_path, quiet, kind, num_steps):
+    """Unclipped as it is; clipped, and with the right default, by the file in the folder."""
+    denoiser = student(*FLOW[kind], num_steps)
+    folder = tmp_path / "student"
+    denoiser.save(folder)
+    assert "FlowMatchEuler" in (folder / "scheduler" / "scheduler_config.json").read_text()
+    assert same(expected(denoiser, num_steps, clip=False), drawn(folder, num_inference_steps=num_steps))
+    assert same(expected(denoiser, num_steps), drawn(folder, clipping=True))
+    assert same(expected(denoiser, num_steps, clip=False), drawn(folder, clipping=True, clip=False))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("kind", OURS)
+def test_by_the_pipeline_in_the_folder(student, tmp_path, quiet, kind, num_steps):
+    name, schedule, classes, guidance = OURS[kind]
+    denoiser = student(name, schedule, num_steps, classes)
+    denoiser.save(tmp_path / "student")
+    labels = None if classes is None else torch.tensor([2, 0, 1, 1])
+    guided = {} if guidance == 1 else {"guidance": guidance}
     for clip in (True, False):
-        assert close(ours[clip], images(pipeline, num_inference_steps=num_steps, clip=clip, **labels))
-    assert close(ours[True], images(pipeline))
-    with pytest.raises(ValueError, match="must divide"):
-        images(pipeline, num_inference_steps=num_steps + 1)
-    assert "not used" not in capfd.readouterr().err
-    again = Denoiser.load(tmp_path / "student")
-    assert again.fingerprint == student.fingerprint
-    assert torch.equal(sample(again, noise(), num_steps, label), ours[True])
-    with safe_open(tmp_path / "student/unet/diffusion_pytorch_model.safetensors", "pt") as file:
-        kept = file.metadata()
-    assert json.loads(kept["pdistill_num_steps"]) == num_steps
-    assert json.loads(kept["pdistill_grid"]) == [i / num_steps for i in range(1, num_steps + 1)]
-    assert json.loads(kept["pdistill_lineage"]) == ["teacher", num_steps]
+        ours = expected(denoiser, num_steps, labels, clip=clip, **guided)
+        given = {"class_labels": labels, "num_inference_steps": num_steps, "clip": clip}
+        assert same(ours, drawn(tmp_path / "student", ours=True, **given, **guided))
+    in_turn = None if classes is None else torch.tensor([0, 1, 2, 0])
+    assert same(expected(denoiser, num_steps, in_turn), drawn(tmp_path / "student", ours=True))
+    half = max(1, num_steps // 2)
+    assert same(expected(denoiser, half, in_turn), drawn(tmp_path / "student", ours=True, num_inference_steps=half))
 
 
-@pytest.mark.parametrize("kind", ["v", "v of betas", "x_eps", "flow"])
-def test_a_teacher_at_every_divisor_of_its_grid(tmp_path, kind):
-    """Its folder has the smallest multiple of the plan's first step count that reaches 1,000."""
-    teacher = denoiser(kind, None)
-    teacher.save(tmp_path / "teacher", grid=32)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "teacher", trust_remote_code=True)
-    assert json.loads((tmp_path / "teacher/denoiser.json").read_text())["pipeline_steps"] == 1024
-    for num_steps in (8, 32):
-        assert close(sample(teacher, noise(), num_steps), images(pipeline, num_inference_steps=num_steps))
-    assert torch.equal(sample(Denoiser.load(tmp_path / "teacher"), noise(), 8), sample(teacher, noise(), 8))
-
-
-def test_more_steps_than_sinusoids(tmp_path):
-    """A plain pipeline's network cannot tell them apart; the pipeline file's needs not."""
-    student = denoiser("flow", 64)
-    student.save(tmp_path / "student")
+def test_what_the_pipeline_cannot_take(student, tmp_path):
+    student("v", CosineSchedule(), 4, 3).save(tmp_path / "student")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student", trust_remote_code=True)
-    assert close(sample(student, noise(), 64), images(pipeline))
+    for words, wrong in {
+        "num_inference_steps=3 must divide 4": {"num_inference_steps": 3},
+        "num_inference_steps=0 must divide 4": {"num_inference_steps": 0},
+        "integers of 0 to 2": {"class_labels": [3]},
+        "2 class_labels for batch_size=4": {"class_labels": [0, 1], "batch_size": 4},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            pipeline(**wrong)
+    assert len(pipeline(class_labels=[0, 1, 2]).images) == 3
+    pipeline.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["num_steps"] == 4
+    student("x_eps", CosineSchedule(), 4).save(tmp_path / "alone")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "alone", trust_remote_code=True)
+    for words, wrong in {"knows no classes": {"class_labels": [0]}, "label dropout": {"guidance": 2.0}}.items():
+        with pytest.raises(ValueError, match=words):
+            pipeline(**wrong)
 
 
-def test_guidance(tmp_path):
-    teacher = denoiser("v with classes", 4, null_label=2)
-    teacher.save(tmp_path / "teacher")
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "teacher", trust_remote_code=True)
-    ours = sample(teacher, noise(), 4, torch.tensor([0, 1, 0]), guidance=2.0)
-    assert close(ours, images(pipeline, class_labels=[0, 1, 0], guidance=2.0))
-    for wrong in ({"class_labels": 2}, {"class_labels": [0, 5]}):
-        with pytest.raises(ValueError, match="must be from 0 to 1"):
-            images(pipeline, **wrong)
+def test_remote_code_is_not_run_unasked(student, tmp_path):
+    """Nor by evaluate, of a folder that lost what says that it is ours."""
+    student("x_eps", CosineSchedule(), 4).save(tmp_path / "student")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "denoiser.json").unlink()
+    with pytest.raises(UserError, match="contains custom code"):
+        Pipeline.load(tmp_path / "student")
 
 
-def test_folders_of_earlier_versions_are_read(tmp_path):
-    """Their network had a learned embedding, also where no pipeline came with it."""
-    student = denoiser("x_eps", 4)
-    student.save(tmp_path / "old")
-    weights = student.network.state_dict()
-    timesteps = student.schedule.timestep(torch.arange(1, 5, dtype=torch.float64) / 4).float()
-    weights["time_proj.weight"] = student.network.time_proj(timesteps)
-    file = tmp_path / "old/unet/diffusion_pytorch_model.safetensors"
-    save_file({k: v.contiguous() for k, v in weights.items()}, file)
-    config = {k: v for k, v in student.network.config.items() if not k.startswith("_")}
-    config |= {"_class_name": "UNet2DModel", "time_embedding_type": "learned", "num_train_timesteps": 4}
-    (tmp_path / "old/unet/config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("kind", ["v", "flow", "x_eps"])
+def test_the_continuous_network_comes_back_bit_for_bit(student, tmp_path, kind):
+    schedule = FlowSchedule() if kind == "flow" else CosineSchedule()
+    denoiser = student(kind, schedule, 4)
+    denoiser.save(tmp_path / "student")
+    again = Denoiser.load(tmp_path / "student")
+    assert again.fingerprint == denoiser.fingerprint and again.architecture == denoiser.architecture
+    z, t = noise(), torch.tensor([0.03, 0.3, 0.77, 1.0])
+    assert torch.equal(again(z, t), denoiser(z, t))
+    opened = UNet2DModel.from_pretrained(tmp_path / "student" / "unet")
+    changed = [k for k, v in opened.state_dict().items() if not torch.equal(v, denoiser.network.state_dict().get(k, v))]
+    assert changed == (["time_embedding.linear_1.weight"] if kind == "flow" else [])
+
+
+def test_the_weights_say_what_they_are(student, tmp_path):
+    student("v", CosineSchedule(), 4).save(tmp_path / "student")
+    student("flow", FlowSchedule(), None).save(tmp_path / "teacher")
+    found = []
+    for name in ("student", "teacher"):
+        with safe_open(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors", "pt") as weights:
+            metadata = weights.metadata()
+        assert metadata.pop("format") == "pt"
+        found.append({key: json.loads(value) for key, value in metadata.items()})
+    assert found[0] == {
+        "pdistill_num_steps": 4,
+        "pdistill_grid": [1.0, 0.75, 0.5, 0.25],
+        "pdistill_lineage": ["teacher", 8, 4],
+    }
+    assert found[1]["pdistill_num_steps"] is None and len(found[1]["pdistill_grid"]) == 1024
+
+
+def test_the_layout_of_earlier_versions(student, tmp_path):
+    """Every network with a learned embedding of its grid, and nothing that says what the other was."""
+    denoiser = student("x_eps", CosineSchedule(), 4)
+    denoiser.save(tmp_path / "old")
+    unet = tmp_path / "old" / "unet"
+    config = json.loads((unet / "config.json").read_text())
+    del config["_continuous_time"]
+    config |= {"time_embedding_type": "learned", "num_train_timesteps": 4}
+    (unet / "config.json").write_text(json.dumps(config))
+    weights = load_file(unet / "diffusion_pytorch_model.safetensors")
+    rows = torch.zeros(4, config["block_out_channels"][0])
+    save_file(weights | {"time_proj.weight": rows}, unet / "diffusion_pytorch_model.safetensors")
     again = Denoiser.load(tmp_path / "old")
-    assert again.fingerprint == student.fingerprint
-    assert torch.equal(sample(again, noise(), 4), sample(student, noise(), 4))
+    assert again.fingerprint == denoiser.fingerprint
+    again.save(tmp_path / "new")
+    assert same(expected(denoiser, 4), drawn(tmp_path / "new", ours=True))
+
+
+def test_a_parameterization_of_somebody_else_is_kept_for_pdistill_alone(student, tmp_path):
+    class Mine(V):
+        name = "v"
+
+    import pdistill
+
+    pdistill.register("parameterization", "mine", Mine)
+    denoiser = student("v", CosineSchedule(), 4)
+    denoiser.parameterization = Mine()
+    denoiser.save(tmp_path / "student")
+    assert not (tmp_path / "student" / "model_index.json").exists()
+    assert torch.equal(expected(Denoiser.load(tmp_path / "student"), 4), expected(denoiser, 4))

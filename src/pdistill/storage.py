@@ -1,8 +1,8 @@
 """A Denoiser on disk: a directory in which every part stands by its name.
 
 `denoiser.json` names the parameterization, the schedule and the network. A UNet2DModel's directory is laid out as a
-diffusers pipeline (`model_index.json`, `unet/`, `scheduler/`), which diffusers opens by itself; any other network's
-weights are in `network/`. Nothing is imported because a file says so: a name must be built in or registered.
+diffusers pipeline (`model_index.json`, `unet/`, and `scheduler/` or `pipeline.py`: see `interop.students`); any other
+network's weights are in `network/`. Nothing is imported because a file says so: a name must be built in or registered.
 """
 
 import json
@@ -31,18 +31,27 @@ D = TypeVar("D", bound=Denoiser)
 def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     """Writes the directory whole or not at all, replacing one that stands there.
 
-    `grid` is the step count of the diffusers pipeline; by default `num_steps`, or 1024 for a teacher, whose pipeline is
-    written for a multiple of it: see `interop.students`. Raises UserError for a part that is not registered.
+    `grid` is the step count that diffusers' pipeline is written for, by default `num_steps`. Of a teacher it is the
+    first multiple of `grid`, by default of 1024, that is not below 1000, the steps of whoever gives no step count; it
+    can be sampled in every number of steps that divides it. Raises UserError for a part that is not registered.
     """
+    if denoiser.num_steps is None:
+        grid = grid or DEFAULT_GRID
+        grid *= -(-students.DEFAULT_STEPS // grid)
     grid = grid or denoiser.num_steps or DEFAULT_GRID
     description = describe(denoiser) | {"fingerprint": denoiser.fingerprint}
     weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}
+    metadata = {
+        "pdistill_num_steps": json.dumps(denoiser.num_steps),
+        "pdistill_grid": json.dumps([i / grid for i in range(grid, 0, -1)]),
+        "pdistill_lineage": json.dumps(denoiser.lineage),
+    }
     with whole_directory(directory) as temporary:
         if isinstance(denoiser.network, UNet2DModel):
-            description["pipeline_steps"] = students.write(denoiser, weights, grid, temporary)
+            students.write_unet(denoiser, weights, grid, metadata, temporary)
         else:
             (temporary / WEIGHTS).parent.mkdir()
-            save_file(weights, temporary / WEIGHTS)
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"} | metadata)
         write_json(temporary / "denoiser.json", description)
 
 
@@ -91,7 +100,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         except UserError as error:
             raise UserError(f"{directory} cannot be loaded: {error}") from error
         if made["name"] == "unet":
-            network = students.read(directory)
+            network = students.read_unet(directory)
         else:
             network = networks.rebuild(made)
             network.load_state_dict(load_file(directory / WEIGHTS))

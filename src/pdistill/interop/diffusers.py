@@ -1,11 +1,11 @@
-"""Other people's diffusers pipelines, sampled by their own schedulers and measured like ours."""
+"""Other people's diffusers pipelines, measured like ours."""
 
 import copy
 import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -17,9 +17,6 @@ from pdistill.errors import UserError, first_line
 from pdistill.network import digest_of_weights, image_shape_of
 from pdistill.randomness import generator
 from pdistill.sampling import Draw
-
-if TYPE_CHECKING:
-    pass
 
 
 def is_pipeline(path: Path) -> bool:

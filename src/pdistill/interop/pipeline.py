@@ -1,148 +1,166 @@
-"""A few-step sampler: clipped DDIM on the grid of times that the network was distilled for.
+"""A diffusers pipeline that samples as `pdistill.sample` does what diffusers' own pipelines have no words for.
 
-This file travels inside the folders of models, for those whose output, noise process or labels no pipeline of diffusers
-knows, and for whoever leaves the step count out. It needs torch and diffusers alone:
+This file is copied into model folders, where `trust_remote_code=True` runs it: it needs torch and diffusers alone.
 
-    options = {"custom_pipeline": "pipeline", "trust_remote_code": True}
-    DiffusionPipeline.from_pretrained(folder, **options)(batch_size=4).images
-
-z_t = alpha_t x + sigma_t eps. Step counts must divide the grid's; left out, it is the one that the model was made for.
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)(batch_size=4, class_labels=[0, 1, 2, 3])
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+TO_X: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {  # of (output, z, alpha, sigma)
+    "x": lambda x, z, a, s: x,
+    "eps": lambda eps, z, a, s: (z - s * eps) / a,
+    "v": lambda v, z, a, s: (a * z - s * v) / (a**2 + s**2),
+    "flow": lambda u, z, a, s: (z - s * u) / (a + s),
+    "x_eps": lambda o, z, a, s: (s**2 * o.chunk(2, 1)[0] + a * (z - s * o.chunk(2, 1)[1])) / (a**2 + s**2),
+}
 
 
-class FewStepPipeline(DiffusionPipeline):
-    """Of the grid t = 1/N, ..., 1 `timesteps` are what the network sees of time, `alphas` and `sigmas` the process.
+class StudentPipeline(DiffusionPipeline):
+    """The deterministic sampler z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat) on a given grid."""
 
-    `prediction` says what the network gives: x, eps, v, flow (eps - x), x_eps (both) or edm (with `sigma_data`).
-    Without a grid, it is the scheduler's, whose indices the network then takes.
-    """
-
+    model_cpu_offload_seq = "unet"
     _optional_components = ["scheduler"]
 
     def __init__(
         self,
-        unet,
-        scheduler=None,
-        prediction=None,
-        sigma_data=1.0,
-        timesteps=None,
-        alphas=None,
-        sigmas=None,
-        noise_scale=1.0,
-        num_steps=None,
-        num_classes=None,
-        null_label=None,
-    ):
+        unet: UNet2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        *,
+        prediction: str = "flow",
+        grid: dict[str, list[float]] | None = None,
+        num_steps: int | None = None,
+        noise_scale: float = 1.0,
+        sigma_data: float = 0.5,
+        num_classes: int | None = None,
+        null_label: int | None = None,
+    ) -> None:
+        """`prediction` is x, eps, v, x_eps, flow or edm (with its `sigma_data`): what the network's output means.
+
+        `grid` holds `timesteps`, `alphas` and `sigmas` at t = 1/G, ..., 1: what the network sees of time, and the
+        process z_t = alpha x + sigma eps. By default they are the scheduler's: k, 1 - k/G, k/G. `num_steps` is the step
+        count by default, G if it is None; z_1 is `noise_scale` x unit noise. `null_label` stands for no class.
+        """
         super().__init__()
+        if grid is None:
+            if scheduler is None:
+                raise ValueError("model_index.json has neither a grid nor a scheduler: save the student again")
+            count = scheduler.config["num_train_timesteps"]
+            ks = range(1, count + 1)
+            grid = {
+                "timesteps": [float(k) for k in ks],
+                "alphas": [1 - k / count for k in ks],
+                "sigmas": [k / count for k in ks],
+            }
         self.register_modules(unet=unet, scheduler=scheduler)
-        if timesteps is None:
-            size = scheduler.config.num_train_timesteps
-            if hasattr(scheduler, "alphas_cumprod"):
-                prediction = {"v_prediction": "v", "sample": "x", "epsilon": "eps"}[scheduler.config.prediction_type]
-                timesteps = list(range(size))
-                alphas = scheduler.alphas_cumprod.double().sqrt().tolist()
-                sigmas = (1 - scheduler.alphas_cumprod.double()).sqrt().tolist()
-            else:  # flow matching
-                prediction, timesteps = "flow", list(range(1, size + 1))
-                sigmas = [i / size for i in timesteps]
-                alphas = [1 - sigma for sigma in sigmas]
         self.register_to_config(
             prediction=prediction,
-            sigma_data=sigma_data,
-            timesteps=list(timesteps),
-            alphas=list(alphas),
-            sigmas=list(sigmas),
+            grid=grid,
+            num_steps=num_steps or len(grid["sigmas"]),
             noise_scale=noise_scale,
-            num_steps=num_steps or len(timesteps),
+            sigma_data=sigma_data,
             num_classes=num_classes,
             null_label=null_label,
         )
 
-    def x_hat(self, z, i, label, clip):
-        """The network's idea of the image at t = i / len(grid)."""
-        config = self.config
-        alpha, sigma, name = config.alphas[i - 1], config.sigmas[i - 1], config.prediction
-        d = (alpha * config.sigma_data) ** 2 + sigma**2
-        scaled = z / d**0.5 if name == "edm" else z
-        kind = torch.long if self.unet.config.time_embedding_type == "learned" else torch.float32
-        timestep = torch.full((len(z),), config.timesteps[i - 1], device=z.device, dtype=kind)
-        output = self.unet(scaled.to(self.unet.dtype), timestep, class_labels=label).sample.to(z.dtype)
-        total = alpha**2 + sigma**2
-        if name == "x":
-            x = output
-        elif name == "eps":
-            x = (z - sigma * output) / alpha
-        elif name == "v":
-            x = (alpha * z - sigma * output) / total
-        elif name == "flow":
-            x = (z - sigma * output) / (alpha + sigma)
-        elif name == "x_eps":
-            of_x, of_eps = output.chunk(2, dim=1)
-            x = (sigma**2 * of_x + alpha * (z - sigma * of_eps)) / total
-        elif name == "edm":
-            x = alpha * config.sigma_data**2 / d * z + sigma * config.sigma_data / d**0.5 * output
-        else:
-            raise ValueError(f"prediction must be x, eps, v, flow, x_eps or edm, not {name!r}")
-        return x.clamp(-1, 1) if clip else x
-
     @torch.no_grad()
     def __call__(
         self,
-        batch_size=1,
-        generator=None,
-        num_inference_steps=None,
-        class_labels=None,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
         *,
-        guidance=1.0,
-        clip=True,
-        noise=None,
-        output_type="pil",
-        return_dict=True,
-    ):
-        """Images from unit `noise` (B, C, H, W), which `generator` draws if it is not given.
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance: float = 1.0,
+        clip: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """`batch_size` images (by default one, or one for each label) in `num_inference_steps` evaluations.
 
-        `class_labels` are one label or `batch_size` of them; left out, all classes take turns. `guidance` other than 1
-        needs a model with a null label.
+        `num_inference_steps` is by default the student's own, and must divide the grid. `class_labels` are by default
+        all classes in turn. `guidance` other than 1 takes x_none + guidance (x_class - x_none). `clip` clamps every
+        prediction to [-1, 1]. `output_type` is "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
+        Raises ValueError for a step count or labels that it cannot take.
         """
-        config, network = self.config, self.unet.config
-        size, steps = len(config.timesteps), num_inference_steps or config.num_steps
-        if steps < 1 or size % steps:
-            raise ValueError(f"num_inference_steps={steps} must divide {size}, the grid of this model")
-        sides = network.sample_size
-        height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
-        if noise is None:
-            shape = (batch_size, network.in_channels, height, width)
-            noise = randn_tensor(shape, generator=generator, device=self._execution_device)
-        z, label, null = noise.to(self._execution_device, torch.float32) * config.noise_scale, None, None
-        if config.num_classes is not None:
-            given = range(config.num_classes) if class_labels is None else class_labels
-            given = [given] if isinstance(given, int) else [int(k) for k in given]
-            if not all(0 <= k < config.num_classes for k in given):
-                raise ValueError(f"class_labels must be from 0 to {config.num_classes - 1}, not {given}")
-            label = torch.tensor([given[i % len(given)] for i in range(len(z))], device=z.device)
-        elif class_labels is not None:
-            raise ValueError("class_labels: this model knows no classes")
-        if guidance != 1:
-            if label is None or config.null_label is None:
-                raise ValueError(f"guidance={guidance} needs a model with a null label")
-            null = torch.full_like(label, config.null_label)
-        stride = size // steps
-        x = z
-        for i in self.progress_bar(range(size, 0, -stride)):
-            x = self.x_hat(z, i, label, clip and null is None)
+        steps = self._steps(num_inference_steps)
+        labels = self._labels(class_labels, batch_size)
+        null = self._null(labels, guidance)
+        batch = batch_size or (1 if labels is None else len(labels))
+        size = self.unet.config["sample_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (batch, self.unet.config["in_channels"], height, width)
+        noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        z = x_hat = noise.float() * self.config["noise_scale"]
+        steps_shown: Any = self.progress_bar(steps)  # type: ignore[operator,arg-type]
+        for step, following in zip(steps_shown, [*steps[1:], None], strict=True):
+            x_hat = self._predict(z, step, labels)
             if null is not None:
-                x = torch.lerp(self.x_hat(z, i, null, False), x, guidance)
-                x = x.clamp(-1, 1) if clip else x
-            if i > stride:
-                ratio = config.sigmas[i - stride - 1] / config.sigmas[i - 1]
-                z = ratio * z + (config.alphas[i - stride - 1] - ratio * config.alphas[i - 1]) * x
-        images = (x / 2 + 0.5).clamp(0, 1)
+                x_hat = torch.lerp(self._predict(z, step, null), x_hat, guidance)
+            x_hat = x_hat.clamp(-1, 1) if clip else x_hat
+            if following is not None:
+                (_, alpha, sigma), (_, next_alpha, next_sigma) = step, following
+                ratio = next_sigma / sigma
+                z = ratio * z + (next_alpha - ratio * alpha) * x_hat
+        images: Any = (x_hat / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _steps(self, count: int | None) -> list[tuple[float, float, float]]:
+        """(timestep, alpha, sigma) at t = 1, 1 - 1/N, ..., 1/N."""
+        grid = self.config["grid"]
+        count = int(self.config["num_steps"] if count is None else count)
+        points = list(zip(grid["timesteps"], grid["alphas"], grid["sigmas"], strict=True))
+        if count < 1 or len(points) % count:
+            raise ValueError(f"num_inference_steps={count} must divide {len(points)}, the steps of this model's grid")
+        stride = len(points) // count
+        return points[stride - 1 :: stride][::-1]
+
+    def _labels(self, labels: int | Sequence[int] | Tensor | None, batch: int | None) -> Tensor | None:
+        """Labels (B,)."""
+        classes = self.config["num_classes"]
+        if classes is None:
+            if labels is not None:
+                raise ValueError("this model knows no classes: leave class_labels out")
+            return None
+        if labels is None:
+            labels = [i % classes for i in range(batch or 1)]
+        elif isinstance(labels, int):
+            labels = [labels] * (batch or 1)
+        given = torch.as_tensor(labels, device=self._execution_device).reshape(-1)
+        if batch not in (None, len(given)):
+            raise ValueError(f"{len(given)} class_labels for batch_size={batch}: give one for each image")
+        if given.is_floating_point() or given.numel() == 0 or given.min() < 0 or given.max() >= classes:
+            raise ValueError(f"class_labels must be integers of 0 to {classes - 1}")
+        return given.long()
+
+    def _null(self, labels: Tensor | None, guidance: float) -> Tensor | None:
+        """The labels that stand for none, where guidance needs them."""
+        if guidance == 1:
+            return None
+        if labels is None or self.config["null_label"] is None:
+            raise ValueError(f"guidance={guidance} needs a class-conditional model trained with label dropout")
+        return torch.full_like(labels, self.config["null_label"])
+
+    def _predict(self, z: Tensor, step: tuple[float, float, float], labels: Tensor | None) -> Tensor:
+        """x_hat (B, C, H, W), float32."""
+        timestep, alpha, sigma = step
+        edm = self.config["prediction"] == "edm"
+        sd = self.config["sigma_data"]
+        d = alpha**2 * sd**2 + sigma**2  # Karras et al., 2022, Table 1, for any alpha
+        times = torch.full((len(z),), timestep, dtype=torch.float32, device=z.device)
+        scaled = z * d**-0.5 if edm else z
+        output = self.unet(scaled.to(self.unet.dtype), times, class_labels=labels).sample.float()
+        if edm:
+            return alpha * sd**2 / d * z + sigma * sd * d**-0.5 * output
+        return TO_X[self.config["prediction"]](output, z, alpha, sigma)

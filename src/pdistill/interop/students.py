@@ -1,159 +1,132 @@
-"""Denoisers as folders that diffusers opens by itself: `unet/`, `scheduler/`, `model_index.json`, `pipeline.py`.
+"""Our directories of a UNet2DModel, which diffusers opens and samples as `pdistill.sample` does.
 
-Three kinds, by what diffusers has words for:
-- x, v and eps of a variance-preserving process, without labels: a plain DDPMPipeline. Its scheduler is first-order
-  DPM-Solver++ with thresholding at 1, which is clipped DDIM with eps recomputed. The network gets a step's index, and
-  has a learned embedding whose rows are the sinusoidal embeddings of the timesteps.
-- the velocity of flow matching, without labels: a plain DDPMPipeline with FlowMatchEulerDiscreteScheduler, which never
-  clips. It gives the network a step's number as a float, which no learned embedding takes. So the network gets
-  sinusoids of other frequencies, and its first linear layer weights that give on every number what its own give on the
-  timestep: exact, as long as there are fewer numbers than sinusoids. Its own lie in `continuous_time.safetensors`.
-- everything else: `pipeline.py`, which runs with `trust_remote_code=True`.
+    v, x, eps, variance preserving   DDPMPipeline with first-order DPM-Solver++, which is clipped DDIM
+    flow, straight paths, students   DDPMPipeline with FlowMatchEuler, which does not clip; `pipeline.py` beside it does
+    every other kind, classes        the pipeline of `pipeline.py`, copied into the folder, by trust_remote_code=True
 
-All of them hold `pipeline.py`, which knows the step count that is right, and clips on demand.
+The continuous-time network is got back bit for bit: `unet/config.json` keeps what was changed, under a private key that
+diffusers passes over, and `time_embedding.safetensors` the weight that was.
 """
 
-import inspect
 import json
 import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.models.embeddings import Timesteps
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdistill.files import write_json
-from pdistill.interop import pipeline as pipeline_file
-from pdistill.registry import state_of
-from pdistill.schedule import betas, flow_matching, logsnr_on_grid, variance_preserving
+from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
+from pdistill.schedule import variance_preserving
 
 if TYPE_CHECKING:
     from pdistill.denoiser import Denoiser
 
-PREDICTION_TYPES = {"v": "v_prediction", "x": "sample", "eps": "epsilon"}  # diffusers has no word for the others
-KNOWN_TO_PIPELINE_FILE = ("x", "eps", "v", "flow", "x_eps", "edm")
-UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONTINUOUS = "continuous_time.safetensors"
-LINEAR = "time_embedding.linear_1.weight"
-HIGHEST_FREQUENCY = 20.0  # of the sinusoids of numbers, so high that they tell neighbouring integers apart
-LARGEST_RESIDUAL = 1e-5  # of the fit, relative to the largest value
-LEAST_GRID = 1000  # steps of a teacher's folder, at least: DDPMPipeline's default
+PREDICTION_TYPES = {V: "v_prediction", X: "sample", Eps: "epsilon"}  # diffusers has no word for the others
+BY_OUR_PIPELINE = (Eps, X, XEps, V, Flow, Edm)
+PIPELINE = Path(__file__).with_name("pipeline.py")
+DEFAULT_STEPS = 1000  # of DDPMPipeline, where its caller gives none
+REFINED = 3
+UNET_WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
+TIME_EMBEDDING, ITS_WEIGHT = Path("time_embedding.safetensors"), "time_embedding.linear_1.weight"
+CONTINUOUS = "_continuous_time"  # in unet/config.json: the keys of the continuous-time network that differ
+EARLIER = {"time_embedding_type": "positional", "num_train_timesteps": None}  # what it says where it says nothing
+LOWEST_LOGSNR = -40.0  # of the betas: alpha = 2e-9, where the schedule says 0
 
 
-def write(denoiser: "Denoiser", weights: dict[str, Tensor], grid: int, directory: Path) -> int:
-    """Writes the folder for `grid` steps, or for a multiple of them where the denoiser has no step count of its own.
+def write_unet(
+    denoiser: "Denoiser", weights: dict[str, Tensor], grid: int, metadata: dict[str, str], directory: Path
+) -> None:
+    """`unet/` and what diffusers opens it by, for `grid` steps; `metadata` goes into the weights' file.
 
-    Returns how many. A network's `weights` are given on the CPU. There is no `model_index.json` where no pipeline knows
-    the parameterization.
+    No `model_index.json` is written where the parameterization is not one of ours.
     """
-    if denoiser.num_steps is None:
-        grid *= -(-LEAST_GRID // grid)
     network: Any = denoiser.network
-    timesteps = denoiser.schedule.timestep(torch.arange(1, grid + 1, dtype=torch.float64) / grid)
-    config = {k: v for k, v in network.config.items() if not k.startswith("_")} | {"_class_name": "UNet2DModel"}
-    index: dict[str, Any] = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
-    name = getattr(denoiser.parameterization, "name", None)
-    fitted = None
-    scheduler: Any = None
-    if denoiser.num_classes is None and name in PREDICTION_TYPES and _process_is(denoiser, variance_preserving):
-        scheduler = _scheduler(denoiser, grid)
-        weights = weights | {"time_proj.weight": network.time_proj(timesteps.float().to(network.device)).cpu()}
-        config |= {"time_embedding_type": "learned", "num_train_timesteps": grid}
-    elif denoiser.num_classes is None and name == "flow" and _is_linear_flow(denoiser, grid):
-        fitted = _fitted(network, weights[LINEAR], torch.arange(1, grid + 1), timesteps)
-        scheduler = None if fitted is None else FlowMatchEulerDiscreteScheduler(num_train_timesteps=grid)
-    if fitted is not None:
-        own = {k: str(int(config[k])) for k in ("freq_shift", "flip_sin_to_cos")}
-        own["freq_shift"] = repr(config["freq_shift"])
-        save_file({LINEAR: weights[LINEAR]}, directory / CONTINUOUS, metadata={"format": "pt"} | own)
-        weights = weights | {LINEAR: fitted}
-        config |= {"freq_shift": _freq_shift(network), "flip_sin_to_cos": True}
-    if scheduler is not None:
-        scheduler.save_pretrained(directory / "scheduler")
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    elif name in KNOWN_TO_PIPELINE_FILE:
-        index = index | _for_pipeline_file(denoiser, timesteps, grid)
+    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    kind = type(denoiser.parameterization)
+    alone = denoiser.num_classes is None and config["time_embedding_type"] == "positional"
+    refit = None
+    if kind is Flow and alone and denoiser.num_steps is not None and _is_straight(denoiser):
+        refit = _refit(denoiser, grid)
     (directory / "unet").mkdir()
-    save_file(weights, directory / "unet" / UNET_WEIGHTS, metadata=_metadata(denoiser, grid))
-    write_json(directory / "unet" / "config.json", config)
-    if name in KNOWN_TO_PIPELINE_FILE:
-        write_json(directory / "model_index.json", index)
-        shutil.copyfile(inspect.getfile(pipeline_file), directory / "pipeline.py")
-    return grid
+    if kind in PREDICTION_TYPES and alone and _is_variance_preserving(denoiser):
+        rows, changes, scheduler = _learned(denoiser, grid)
+        weights = weights | {"time_proj.weight": rows}
+        _write_index(directory, scheduler)
+    elif refit is not None:
+        save_file({ITS_WEIGHT: weights[ITS_WEIGHT]}, directory / TIME_EMBEDDING, metadata={"format": "pt"})
+        weight, changes = refit
+        weights = weights | {ITS_WEIGHT: weight}
+        shutil.copyfile(PIPELINE, directory / PIPELINE.name)
+        _write_index(directory, FlowMatchEulerDiscreteScheduler(num_train_timesteps=grid))
+    else:
+        changes = {}
+        if kind in BY_OUR_PIPELINE:
+            shutil.copyfile(PIPELINE, directory / PIPELINE.name)
+            write_json(directory / "model_index.json", _index_of_ours(denoiser, grid))
+    save_file(weights, directory / UNET_WEIGHTS, metadata={"format": "pt"} | metadata)
+    kept = {CONTINUOUS: {key: config[key] for key in changes}}
+    write_json(directory / "unet" / "config.json", config | {"_class_name": "UNet2DModel"} | kept | changes)
 
 
-def read(directory: Path) -> UNet2DModel:
-    """The continuous-time network of a folder that `write` wrote, or an earlier version."""
+def read_unet(directory: Path) -> UNet2DModel:
+    """The continuous-time network of a directory that `write_unet`, of this version or an earlier one, wrote."""
     config = json.loads((directory / "unet" / "config.json").read_text())
-    weights = load_file(directory / "unet" / UNET_WEIGHTS)
-    if config.get("time_embedding_type") == "learned":
+    weights = load_file(directory / UNET_WEIGHTS)
+    changed = config.pop(CONTINUOUS, EARLIER)
+    if "time_embedding_type" in changed:
         del weights["time_proj.weight"]
-        config |= {"time_embedding_type": "positional", "num_train_timesteps": None}
-    elif (directory / CONTINUOUS).exists():
-        weights |= load_file(directory / CONTINUOUS)
-        with safe_open(directory / CONTINUOUS, "pt") as file:
-            kept = file.metadata()
-        shift = float(kept["freq_shift"])
-        config |= {"freq_shift": int(shift) if shift.is_integer() else shift}
-        config |= {"flip_sin_to_cos": kept["flip_sin_to_cos"] == "1"}
-    network: Any = UNet2DModel.from_config(config)
+    if "freq_shift" in changed:
+        weights |= load_file(directory / TIME_EMBEDDING)
+    network: Any = UNet2DModel.from_config(config | changed)
     network.load_state_dict(weights)
     return network
 
 
-def _metadata(denoiser: "Denoiser", grid: int) -> dict[str, str]:
-    """Of the safetensors file, whose values are text: the step count, the times of the grid, the ancestors."""
-    return {
-        "format": "pt",
-        "pdistill_num_steps": json.dumps(denoiser.num_steps),
-        "pdistill_grid": json.dumps([i / grid for i in range(1, grid + 1)]),
-        "pdistill_lineage": json.dumps(denoiser.lineage),
+def _write_index(directory: Path, scheduler: Any) -> None:
+    """A DDPMPipeline of `scheduler`: it keeps the scheduler that it is given, where others replace it."""
+    scheduler.save_pretrained(directory / "scheduler")
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "unet": ["diffusers", "UNet2DModel"],
     }
+    write_json(directory / "model_index.json", index)
 
 
-def _process_is(denoiser: "Denoiser", process: Any) -> bool:
+def _is_variance_preserving(denoiser: "Denoiser") -> bool:
     logsnr = torch.linspace(-5, 5, 11, dtype=torch.float64)
-    return all(
-        torch.allclose(*pair) for pair in zip(denoiser.schedule.alpha_sigma(logsnr), process(logsnr), strict=True)
-    )
+    processes = zip(denoiser.schedule.alpha_sigma(logsnr), variance_preserving(logsnr), strict=True)
+    return all(torch.allclose(*pair) for pair in processes)
 
 
-def _is_linear_flow(denoiser: "Denoiser", grid: int) -> bool:
-    """Whether sigma = i/N on the grid: FlowMatchEulerDiscreteScheduler shifts twice where there is a shift."""
-    i = torch.arange(1, grid + 1, dtype=torch.float64)
-    _, sigma = denoiser.schedule.alpha_sigma(logsnr_on_grid(denoiser.schedule, i, grid))
-    return _process_is(denoiser, flow_matching) and torch.allclose(sigma, i / grid, atol=1e-4, rtol=0)
+def _learned(denoiser: "Denoiser", grid: int) -> tuple[Tensor, dict[str, Any], DPMSolverMultistepScheduler]:
+    """The rows of a learned embedding of time, the configuration's changes, and clipped DDIM with eps recomputed.
 
-
-def _freq_shift(network: UNet2DModel) -> float:
-    """The `freq_shift` by which diffusers' frequencies, 10000^(-j / (half - freq_shift)), rise from 1 to 20."""
-    half = network.config["block_out_channels"][0] // 2
-    return half * (1 + math.log(10000) / math.log(HIGHEST_FREQUENCY))
-
-
-def _fitted(network: UNet2DModel, linear: Tensor, indices: Tensor, timesteps: Tensor) -> Tensor | None:
-    """Weights that give on sinusoids of `indices` what `linear` gives on those of `timesteps`, if there are such."""
-    channels = network.config["block_out_channels"][0]
-    if len(indices) > channels:
-        return None
-    of_indices = Timesteps(channels, True, _freq_shift(network))(indices.float()).double()  # type: ignore[arg-type]
-    wanted = network.time_proj(timesteps.float().to(network.device)).cpu().double() @ linear.double().T
-    found = torch.linalg.lstsq(of_indices, wanted, driver="gelsd").solution.T.float().contiguous()
-    residual = (of_indices.float() @ found.T - wanted.float()).abs().max()
-    return found if residual <= LARGEST_RESIDUAL * wanted.abs().max() else None
-
-
-def _scheduler(denoiser: "Denoiser", num_steps: int) -> DPMSolverMultistepScheduler:
-    """diffusers' first-order DPM-Solver++ on our grid: clipped DDIM with eps recomputed."""
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=num_steps,
-        trained_betas=betas(denoiser.schedule, num_steps),
-        prediction_type=PREDICTION_TYPES[denoiser.parameterization.name],  # type: ignore[arg-type]
+    diffusers sees a teacher's grid as it is. Of a student it sees a grid that is at least REFINED times as fine as its
+    caller may ask for: its integer times k fall on the student's t = i/N at the end of each interval and stand still
+    between. Steps between equal times change nothing: whoever gives no step count gets the student's images, though at
+    1000 evaluations.
+    """
+    network: Any = denoiser.network
+    refined = 1 if denoiser.num_steps is None else -(-REFINED * DEFAULT_STEPS // grid)
+    while len(np.arange(grid * refined, 0, -grid * refined / DEFAULT_STEPS)) > DEFAULT_STEPS:  # by rounding, as there
+        refined += 1
+    k = torch.arange(grid * refined, dtype=torch.float64)
+    ahead = min(REFINED, refined)  # the last betas before t = i/N, which reach its log-SNR together: see `_betas`
+    t = ((k + ahead) / refined).floor().clamp(min=1) / grid
+    rows = network.time_proj(denoiser.schedule.timestep(t).float().to(network.device)).cpu()
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=len(t),
+        trained_betas=_betas(denoiser.schedule(t)),
+        prediction_type=PREDICTION_TYPES[type(denoiser.parameterization)],  # type: ignore[arg-type]
         solver_order=1,
         algorithm_type="dpmsolver++",
         timestep_spacing="trailing",
@@ -161,21 +134,71 @@ def _scheduler(denoiser: "Denoiser", num_steps: int) -> DPMSolverMultistepSchedu
         thresholding=True,
         sample_max_value=1.0,
     )
+    return rows, {"time_embedding_type": "learned", "num_train_timesteps": len(t)}, scheduler
 
 
-def _for_pipeline_file(denoiser: "Denoiser", timesteps: Tensor, grid: int) -> dict[str, Any]:
-    """What pipeline.py is made with."""
-    i = torch.arange(1, grid + 1, dtype=torch.float64)
-    alpha, sigma = denoiser.schedule.alpha_sigma(logsnr_on_grid(denoiser.schedule, i, grid))
+def _betas(logsnr: Tensor) -> list[float]:
+    """float32 betas (T,) whose products of 1 - beta follow sigmoid(logsnr), logsnr (T,) falling or level.
+
+    Each beta is rounded down, to 1 - 2^-24 at most (1 makes log(0)), and the next makes up for it: near pure noise one
+    beta alone is too coarse.
+    """
+    betas: list[float] = []
+    reached = 1.0
+    for abar in torch.sigmoid(logsnr.clamp(min=LOWEST_LOGSNR)).tolist():
+        exact = max(0.0, 1 - abar / reached)
+        beta = np.float32(exact)
+        beta = np.nextafter(beta, np.float32(0)) if float(beta) > exact or beta == 1 else beta
+        betas.append(float(beta))
+        reached *= 1 - betas[-1]
+    return betas
+
+
+def _is_straight(denoiser: "Denoiser") -> bool:
+    """alpha = 1 - t and sigma = t."""
+    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    alpha, sigma = denoiser.schedule.alpha_sigma(denoiser.schedule(t))
+    return torch.allclose(sigma, t, atol=1e-6) and torch.allclose(alpha, 1 - t, atol=1e-6)
+
+
+def _refit(denoiser: "Denoiser", grid: int) -> tuple[Tensor, dict[str, Any]] | None:
+    """A first layer W' of the time embedding that sees k = 1, ..., grid and gives what W gives at t = k/grid.
+
+    FlowMatchEuler's timesteps are floats, which no learned embedding takes. W' e'(k) = W e(timestep_k) has a solution
+    where there are fewer k than features e', and a small one where the frequencies of e', 1 to `highest`, tell whole
+    numbers apart (those above pi are the ones below it again). None where there is no good one.
+    """
+    network: Any = denoiser.network
+    t = torch.arange(1, grid + 1, dtype=torch.float64) / grid
+    channels, flip = network.config["block_out_channels"][0], network.config["flip_sin_to_cos"]
+    timesteps = denoiser.schedule.timestep(t).float().to(network.device)
+    weight = network.time_embedding.linear_1.weight.detach().double().cpu()
+    wanted = network.time_proj(timesteps).double().cpu() @ weight.T
+    half = channels // 2
+    for highest in (2 * math.pi, 10.0):
+        freq_shift = half + max(1, round((half - 1) * math.log(10_000) / math.log(highest)))
+        features = Timesteps(channels, flip, freq_shift)(torch.arange(1.0, grid + 1))
+        fitted = torch.linalg.lstsq(features.double(), wanted, driver="gelsd").solution.float()
+        error = (features @ fitted - wanted).abs().max() / wanted.abs().max()
+        if error < 1e-5:
+            return fitted.T.contiguous(), {"freq_shift": freq_shift}
+    return None
+
+
+def _index_of_ours(denoiser: "Denoiser", grid: int) -> dict[str, Any]:
+    """`model_index.json` of `pipeline.py`: the arguments of its class, the numbers being those of `sample`."""
+    t = torch.arange(1, grid + 1) / grid  # in float32, as there
+    alphas, sigmas = denoiser.schedule.alpha_sigma(denoiser.schedule(t))
+    timesteps = denoiser.schedule.timestep(t)
+    parameterization: Any = denoiser.parameterization
     return {
-        "_class_name": ["pipeline", "FewStepPipeline"],
-        "prediction": denoiser.parameterization.name,
-        "sigma_data": float(state_of(denoiser.parameterization).get("sigma_data", 1.0)),
-        "timesteps": timesteps.tolist(),
-        "alphas": alpha.tolist(),
-        "sigmas": sigma.tolist(),
-        "noise_scale": float(getattr(denoiser.schedule, "noise_scale", 1.0)),
-        "num_steps": denoiser.num_steps,
+        "_class_name": [PIPELINE.stem, "StudentPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DModel"],
+        "prediction": parameterization.name,
+        "grid": {"timesteps": timesteps.tolist(), "alphas": alphas.tolist(), "sigmas": sigmas.tolist()},
+        "num_steps": denoiser.num_steps or grid,
+        "noise_scale": denoiser.schedule.noise_scale,
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
-    }
+    } | ({"sigma_data": parameterization.sigma_data} if isinstance(parameterization, Edm) else {})
