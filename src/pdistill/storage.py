@@ -39,7 +39,7 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
         grid = grid or DEFAULT_GRID
         grid *= -(-students.DEFAULT_STEPS // grid)
     grid = grid or denoiser.num_steps or DEFAULT_GRID
-    description = describe(denoiser) | {"fingerprint": denoiser.fingerprint}
+    description = describe(denoiser) | {"pipeline_steps": grid, "fingerprint": denoiser.fingerprint}
     weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}
     metadata = {
         "pdistill_num_steps": json.dumps(denoiser.num_steps),

@@ -29,7 +29,7 @@ FILES = (
     "denoiser.json",
     "model_index.json",
     "pipeline.py",
-    "continuous_time.safetensors",
+    "time_embedding.safetensors",
     "README.md",
     "comparison.png",
     "samples.png",
