@@ -195,7 +195,8 @@ def test_samples_of_the_teacher_are_made_once(tmp_path, tiny, monkeypatch):
     assert teacher_samples(tiny(seed=1), 2, num_images=260, cache=str(tmp_path)).fingerprint != first.fingerprint
 
 
-def test_bad_input(told, tmp_path, eps_teacher, smoke):
+def test_bad_input(told, tmp_path, eps_teacher, smoke, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     classes = write(tmp_path / "classes", num_class_embeds=3)
     wide = write(tmp_path / "wide", sample_size=(8, 16))
     large = write(tmp_path / "large", sample_size=16)

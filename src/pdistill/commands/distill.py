@@ -3,8 +3,8 @@
 from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
+from pdistill.commands.recipe import read_recipe
 from pdistill.commands.settings import Distill, settings_of
-from pdistill.commands.teachers import read_recipe
 from pdistill.processes import is_main
 
 

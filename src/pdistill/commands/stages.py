@@ -80,7 +80,7 @@ def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
     with _open(settings, cfg, directory, data) as job:
         _train_teacher(job, teacher)
         _measure_teacher(job)
-        row = _finish_stage(job, "teacher", num_steps, {"updates": settings.training.updates, "parent": None})
+        row = _finish_stage(job, "teacher", num_steps, _facts(settings.training.updates, settings.training, None))
         _time(job, [row])
 
 
@@ -102,15 +102,15 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         elif is_main() and not (teacher / "denoiser").exists():
             given.save(teacher / "denoiser", grid=num_steps)
         barrier()
-        updates = 0 if given else settings.training.updates
-        rows = [_finish_stage(job, "teacher", num_steps, {"updates": updates, "parent": None})]
+        facts = _facts(0, None, None) if given else _facts(settings.training.updates, settings.training, None)
+        rows = [_finish_stage(job, "teacher", num_steps, facts)]
         results = [teacher]
         if converts:
             rows.append(_convert(job, teacher))
             results = [job.directory / CONVERTED]
         for stage in plan:
             _distill_stage(job, method, stage, results)
-            facts = {"updates": stage.updates, "parent": results[-1].name}
+            facts = _facts(stage.updates, settings.distillation, results[-1].name)
             rows.append(_finish_stage(job, stage.name, stage.num_steps, facts))
             results.append(directory / stage.name)
         _measure_teacher(job)
@@ -197,7 +197,7 @@ def _convert(job: Job, teacher: Path) -> dict[str, Any]:
         start = predicting(given, instantiate(settings.parameterization))
         module = DistillationModule(given, stage, job.recipe(section), method, start=start)
         _fit(job, module, CONVERTED, section.batch_size, (stage.updates, stage.num_steps))
-    return _finish_stage(job, CONVERTED, stage.num_steps, {"updates": stage.updates, "parent": "teacher"})
+    return _finish_stage(job, CONVERTED, stage.num_steps, _facts(stage.updates, section, "teacher"))
 
 
 def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: tuple[int, int]) -> None:
@@ -218,6 +218,11 @@ def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: 
         progress_bar=settings.trainer["enable_progress_bar"],
     )
     fit(module, data, options)
+
+
+def _facts(updates: int, section: Optimization | None, parent: str | None) -> dict[str, Any]:
+    """What a stage's row says of its training; no section: it was not trained here."""
+    return {"updates": updates, "learning_rate": None if section is None else section.learning_rate, "parent": parent}
 
 
 def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ unpickled but by torch's weights_only loading, and no remote code runs. docs/tea
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     on_hub = not _is_folder(name)
     if not on_hub and revision is not None:
         raise UserError(f"{name} is a folder, and revision={revision} is for models on the hub: leave it out")
-    folder = _fetched(name, revision, ["*.json", "*/*.json"]) if on_hub else Path(name).expanduser()
+    folder = fetched(name, revision) if on_hub else Path(name).expanduser()
     _refuse_folder(folder, name)
     unet, scheduler = (
         _component(folder, name, "unet", "config.json"),
@@ -107,11 +108,18 @@ def _is_folder(name: str) -> bool:
     return False
 
 
-def _fetched(model: str, revision: str | None, allow: list[str], ignore: str | None = None) -> Path:
-    """The folder of a model on the hub, with the files of these patterns, from the cache where they are there."""
+def fetched(
+    model: str, revision: str | None, allow: Sequence[str] = ("*.json", "*/*.json"), ignore: str | None = None
+) -> Path:
+    """The folder of a model on the hub, with the files of these patterns, from the cache where they are there.
+
+    Raises UserError where the hub is not reached or does not give it.
+    """
     try:
         return Path(
-            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=allow, ignore_patterns=ignore)
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=list(allow), ignore_patterns=ignore
+            )
         )
     except GatedRepoError as error:
         raise UserError(f"{model} on the hub is gated: accept its terms on its page, then `hf auth login`") from error
@@ -131,7 +139,7 @@ def _fetched(model: str, revision: str | None, allow: list[str], ignore: str | N
 
 def _fetch_weights(model: str, revision: str | None, unet: Path) -> None:
     for pattern, ignored in WEIGHT_FILES:
-        folder = _fetched(model, revision, [str(unet / pattern)], ignored)
+        folder = fetched(model, revision, [str(unet / pattern)], ignored)
         if any((folder / unet).glob(pattern)):
             return
 

@@ -1,0 +1,74 @@
+"""What a configuration takes from a diffusers model at `teacher=`, by its JSON alone: torch is not imported here."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pdistill.commands.run_directory import is_imported, typed_overrides
+from pdistill.errors import UserError
+from pdistill.files import read_json
+
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+OF_THE_TEACHER = "of the teacher"  # what the groups that a diffusers model replaces say in config.yaml and run.json
+PARAMETERIZATIONS = {"sample": "X", "v_prediction": "V"}  # a student of another one predicts v
+
+
+def read_recipe(cfg: DictConfig) -> None:
+    """Sets in `cfg` what follows from a diffusers model: network, schedule, parameterization, and the images' size.
+
+    From its JSON alone, so that a finished run is found in no time; what is missing or damaged there is told when the
+    teacher is loaded. Raises UserError for groups that were asked for and cannot matter, and for a hub out of reach.
+    """
+    if not is_imported(cfg.teacher):
+        return
+    typed = _typed()
+    for group in ("network", "schedule"):
+        if any(key == group or key.startswith(f"{group}.") for key in typed):
+            raise UserError(f"{group}={cfg_choice(group)}: a diffusers teacher keeps its own {group}; leave it out")
+        OmegaConf.update(cfg, group, OF_THE_TEACHER, merge=False, force_add=True)
+    unet, scheduler = _configs(cfg.teacher, cfg.teacher_revision)
+    if not _parameterization_asked(typed):
+        kind = str(scheduler.get("prediction_type", "epsilon"))
+        flow = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
+        name = "Flow" if flow else PARAMETERIZATIONS.get(kind, "V")
+        OmegaConf.update(cfg, "parameterization", {"_target_": f"pdistill.parameterization.{name}"}, merge=False)
+    size = unet.get("sample_size")
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    for key, value in {"image_size": size, "image_channels": unet.get("in_channels")}.items():
+        if isinstance(value, int) and key in (cfg.dataset or {}) and f"dataset.{key}" not in typed:
+            OmegaConf.update(cfg, f"dataset.{key}", value)
+
+
+def cfg_choice(group: str) -> str:
+    """The name that was chosen in a group."""
+    return str(HydraConfig.get().runtime.choices.get(group)) if HydraConfig.initialized() else group
+
+
+def _typed() -> dict[str, str]:
+    return typed_overrides(list(HydraConfig.get().overrides.task)) if HydraConfig.initialized() else {}
+
+
+def _parameterization_asked(typed: dict[str, str]) -> bool:
+    """On the command line or by an experiment; conf/run.yaml's own choice is x."""
+    return "parameterization" in typed or cfg_choice("parameterization") not in ("parameterization", "x")
+
+
+def _configs(teacher: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON of the network and of the scheduler; empty where it cannot be read."""
+    folder = Path(teacher).expanduser()
+    if not folder.is_dir() and not folder.parent.is_dir() and re.fullmatch(HUB_ID, teacher):
+        from pdistill.interop.teachers import fetched
+
+        folder = fetched(teacher, revision)
+    found = []
+    for component, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        try:
+            content = next((c for p in (folder / component, folder) if (c := read_json(p / file)) is not None), {})
+        except (UserError, OSError):
+            content = {}
+        found.append(content if isinstance(content, dict) else {})
+    return found[0], found[1]
