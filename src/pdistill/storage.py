@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pdistill import network as networks
 from pdistill import registry
@@ -51,7 +51,7 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
             students.write_unet(denoiser, weights, grid, metadata, temporary)
         else:
             (temporary / WEIGHTS).parent.mkdir()
-            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"} | metadata)
+            students.save_weights(weights, temporary / WEIGHTS, metadata)
         write_json(temporary / "denoiser.json", description)
 
 

@@ -71,9 +71,23 @@ def write_unet(
         if kind in BY_OUR_PIPELINE:
             shutil.copyfile(PIPELINE, directory / PIPELINE.name)
             write_json(directory / "model_index.json", _index_of_ours(denoiser, grid))
-    save_file(weights, directory / UNET_WEIGHTS, metadata={"format": "pt"} | metadata)
+    save_weights(weights, directory / UNET_WEIGHTS, metadata)
     kept = {CONTINUOUS: {key: config[key] for key in changes}}
     write_json(directory / "unet" / "config.json", config | {"_class_name": "UNet2DModel"} | kept | changes)
+
+
+def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, the same bytes each time: the library writes the keys of its metadata in a random order."""
+    save_file(weights, path, metadata={"format": "pt"} | metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"the header of {path} is {size} bytes long, and {len(text)} in order")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_unet(directory: Path) -> UNet2DModel:
