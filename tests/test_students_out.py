@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import diffusers
 import pytest
@@ -49,6 +50,8 @@ def modules(tmp_path, monkeypatch):
     """diffusers copies a folder's code to a cache, from which it imports it."""
     monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # another folder's, of the same name
 
 
 @pytest.fixture

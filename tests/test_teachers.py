@@ -424,7 +424,9 @@ def test_a_denoiser_is_given_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["./x", "../x", "/x", "~/x", "a/b/c", "x", "src/x", "a b/c"])
-def test_paths_are_not_asked_of_the_hub(path, monkeypatch):
+def test_paths_are_not_asked_of_the_hub(path, monkeypatch, tmp_path):
+    (tmp_path / "here" / "src").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     assert "there is no folder" in refusal(path)
 
