@@ -6,7 +6,7 @@ import torch
 from hydra.utils import instantiate
 
 from pdistill import network as networks
-from pdistill.commands.run_directory import is_imported
+from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
 from pdistill.commands.teachers import check_data, predicting
 from pdistill.dataset import ImageSet

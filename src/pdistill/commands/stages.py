@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pdistill.commands import run_directory
 from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_denoiser, new_student
-from pdistill.commands.run_directory import is_imported
+from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
 from pdistill.commands.teachers import given_teacher, images_of, predicting
 from pdistill.commands.timing import time_stages

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 
-from pdistill.commands.run_directory import is_imported
+from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
