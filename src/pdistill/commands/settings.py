@@ -56,7 +56,7 @@ class Train:
     max_batch_per_device: int | None = None
     """More images than this are taken in several parts, their gradients added up; null: no limit."""
     start: str | None = None
-    """A denoiser directory whose weights the teacher's training starts from; null: fresh ones."""
+    """A denoiser directory whose weights the teacher's training starts from; with teacher=..., the first student's."""
     allow_unstable: bool = False
     """Go on with a parameterization that cannot work with the schedule (eps at zero SNR)."""
     dataset: Any = MISSING

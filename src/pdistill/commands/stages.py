@@ -113,11 +113,12 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             facts = _facts(stage.updates, settings.distillation, results[-1].name)
             rows.append(_finish_stage(job, stage.name, stage.num_steps, facts))
             results.append(directory / stage.name)
+            rows += [_finish_fused(job, results[-1], count) for count in stage.counts]
         _measure_teacher(job)
         rows = _time(job, rows)
         if is_main():
             page.comparison_sheet(directory, rows)
-            _draw_neighbours(job, results[-1], plan[-1].num_steps)
+            _draw_neighbours(job, rows[-1])
             log_summary(job.loggers, rows, directory / "comparison.png")
             page.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
@@ -177,13 +178,24 @@ def _train_teacher(job: Job, teacher: Denoiser) -> None:
 
 
 def _distill_stage(job: Job, method: Any, stage: Stage, results: list[Path]) -> None:
-    """One student: it starts from the stage before, and learns from the stage that the plan names."""
+    """One student: it starts from the stage before, or the first from what is given, and learns from the plan's."""
     if _is_trained(job.directory / stage.name):
         return
     section = job.settings.distillation  # type: ignore[attr-defined]
     start, teacher = (Denoiser.load(results[k] / "denoiser") for k in (-1, stage.teacher))
+    if stage.index == 1 and job.settings.teacher is not None and job.settings.start is not None:  # type: ignore[attr-defined]
+        start = Denoiser.load(Path(job.settings.start).expanduser())
     module = DistillationModule(teacher, stage, job.recipe(section), method, start=start)
     _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
+
+
+def _finish_fused(job: Job, parallel: Path, num_steps: int) -> dict[str, Any]:
+    """The student of one step count that a student of several holds. Returns its row."""
+    stage = Stage(0, num_steps, 0, 1, 0)
+    if is_main() and not (job.directory / stage.name / "denoiser").exists():
+        Denoiser.load(parallel / "denoiser").for_steps(num_steps).save(job.directory / stage.name / "denoiser")
+    barrier()
+    return _finish_stage(job, stage.name, num_steps, _facts(0, None, parallel.name))
 
 
 def _convert(job: Job, teacher: Path) -> dict[str, Any]:
@@ -287,10 +299,10 @@ def _measure_teacher(job: Job) -> None:
     )
 
 
-def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
+def _draw_neighbours(job: Job, row: dict[str, Any]) -> None:
     """neighbours.png: has the last student memorised images?"""
-    denoiser = Denoiser.load(stage / "denoiser").to(job.device)
-    drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(num_steps, job.settings.seed), job.device)
+    denoiser = Denoiser.load(job.directory / row["denoiser"]).to(job.device)
+    drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(row["num_steps"], job.settings.seed), job.device)
     samples = torch.cat(list(drawn))
     rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)
     save_grid(rows.flatten(0, 1).cpu(), job.directory / "neighbours.png", nrow=NEIGHBOURS_OF)

@@ -28,7 +28,8 @@ def given_teacher(settings: Distill) -> Denoiser | None:
     for key in ("teacher_revision", "teacher_null_label"):
         if getattr(settings, key) is not None:
             raise UserError(f"{key}={getattr(settings, key)} is for diffusers models, and {settings.teacher} is none")
-    return Denoiser.load(Path(settings.teacher).expanduser())
+    teacher, num_steps = Denoiser.load(Path(settings.teacher).expanduser()), settings.steps.plan[0]
+    return teacher.for_steps(num_steps) if num_steps in teacher.step_counts else teacher
 
 
 def predicting(teacher: Denoiser, parameterization: Parameterization) -> Denoiser:

@@ -30,6 +30,9 @@ class Method(Protocol):
         """
         ...
 
+    # def begin(self, student: "Denoiser", stage: "Stage") -> "Denoiser": may stand here too: what the student starts
+    # as, given a copy of what it starts from. By default it is that copy.
+
     def losses(
         self,
         student: "Denoiser",

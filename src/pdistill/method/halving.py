@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pdistill.denoiser import Denoiser
+from pdistill.heads import first_heads
 from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition
 from pdistill.steps import Stage, stages
@@ -23,6 +24,10 @@ class Halving:
     def stages(self, steps: "Steps", max_teacher_steps: int = 2) -> list[Stage]:
         """One student for each entry of the plan after the first. Raises UserError: see `steps.stages`."""
         return stages(steps.plan, steps.updates, steps.updates_last_two, max_teacher_steps)
+
+    def begin(self, student: Denoiser, stage: Stage) -> Denoiser:
+        """Of a student with heads, those whose times the next one has."""
+        return first_heads(student, stage.num_steps)
 
     def losses(
         self,

@@ -21,7 +21,7 @@ from pdistill.report.runs import (
     rows_of,
     run_json,
 )
-from pdistill.steps import TEACHERS
+from pdistill.steps import is_student
 
 COLUMNS = 12  # seeds on the comparison sheet
 PER_LINE = 8  # of the 64 pictures of samples.png, with a border of two pixels
@@ -118,7 +118,7 @@ def _together(directories: list[Path], names: list[str]) -> tuple[str | None, st
 
 
 def _students(rows: list[dict], key: str) -> dict[int, list[float]]:
-    values = {row["num_steps"]: finite(row.get(key)) for row in rows if row["stage"] not in TEACHERS}
+    values = {row["num_steps"]: finite(row.get(key)) for row in rows if is_student(row["stage"])}
     return {n: [value] for n, value in values.items() if value is not None}
 
 

@@ -11,7 +11,7 @@ from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.metrics.curve import STUDENTS, Curves, teacher_points
 from pdistill.metrics.provenance import fingerprint_at
-from pdistill.steps import TEACHERS
+from pdistill.steps import TEACHERS, is_student
 
 KEY_OF_WEIGHTS = "denoiser_fingerprint"  # in a provenance since 0.2.0
 
@@ -30,9 +30,9 @@ def metric_keys(rows: list[dict]) -> list[str]:
 
 
 def place_in_table(row: dict) -> tuple[int, int]:
-    """Sorts stages: the teacher, the converted one, then students by falling step count."""
+    """Sorts stages: the teacher, the converted one, a student of several counts, then students by falling count."""
     stage = row["stage"]
-    return (TEACHERS.index(stage) if stage in TEACHERS else len(TEACHERS), -row["num_steps"])
+    return (TEACHERS.index(stage) if stage in TEACHERS else len(TEACHERS) + is_student(stage), -row["num_steps"])
 
 
 def rows_of(directory: Path) -> list[dict]:
@@ -41,7 +41,7 @@ def rows_of(directory: Path) -> list[dict]:
     Raises UserError for a file that is damaged.
     """
     rows = []
-    for path in [p for name in (*TEACHERS, "steps-*") for p in directory.glob(f"{name}/metrics.json")]:
+    for path in [p for name in (*TEACHERS, "parallel-*", "steps-*") for p in directory.glob(f"{name}/metrics.json")]:
         row = read_json(path)
         if not (isinstance(row, dict) and "stage" in row and isinstance(row.get("num_steps"), int)):
             raise UserError(f"{path} is damaged (it holds no stage and num_steps): delete it and run the command again")
@@ -72,7 +72,7 @@ def curves_of(*runs: Path) -> Curves:
         rows = rows_of(run)
         for key in metric_keys(rows)[:1]:
             for row in rows:
-                if row["stage"] not in TEACHERS and finite(row.get(key)) is not None:
+                if is_student(row["stage"]) and finite(row.get(key)) is not None:
                     curves[STUDENTS][row["num_steps"]].append(float(row[key]))
         for sampler, points in teacher_points(run).items():
             for num_steps, value in points.items():

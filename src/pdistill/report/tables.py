@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pdistill.metrics.curve import Curves
 from pdistill.metrics.provenance import comparable
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys
-from pdistill.steps import TEACHERS
+from pdistill.steps import is_student
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ def terminal(headings: Sequence[str], lines: Sequence[Sequence[str]], title: str
 def title(row: dict, separator: str = ", ") -> str:
     """ "teacher, 32 steps", "1 step"."""
     steps = f"{row['num_steps']} step" + "s" * (row["num_steps"] > 1)
-    return f"{row['stage']}{separator}{steps}" if row["stage"] in TEACHERS else steps
+    return steps if is_student(row["stage"]) else f"{row['stage']}{separator}{steps}"
 
 
 def stages(rows: list[dict]) -> Words:

@@ -29,13 +29,15 @@ class DistillationModule(DenoisingModule):
         method: Method | None = None,
         start: Denoiser | None = None,
     ) -> None:
+        method = method or Halving()
         student = copy.deepcopy(start or teacher)
+        student = getattr(method, "begin", lambda student, stage: student)(student, stage)
         student.num_steps = None if stage.continuous else stage.num_steps
-        student.lineage = [*student.lineage, stage.name if stage.continuous else stage.num_steps]
+        student.lineage = [*student.lineage, stage.name if stage.continuous or stage.counts else stage.num_steps]
         super().__init__(student, recipe, stage.index, linear_to_zero(stage.updates))
         self.teacher = teacher.requires_grad_(False).eval()
         self.stage = stage
-        self.method = method or Halving()
+        self.method = method
 
     @property
     def student(self) -> Denoiser:
