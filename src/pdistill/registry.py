@@ -51,7 +51,11 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
     "callbacks": {},
     "optimizer": {"adamw": "pdistill.optimizer:adamw"},
-    "method": {"halving": "pdistill.method.halving:Halving"},
+    "method": {
+        "halving": "pdistill.method.halving:Halving",
+        "tract": "pdistill.method.tract:Tract",
+        "multistep_consistency": "pdistill.method.multistep_consistency:MultistepConsistency",
+    },
 }
 ALIASES = {"extractor": "metrics", "extractors": "metrics", "callback": "callbacks", "samplers": "sampler"}
 _parts: dict[str, dict[str, Any]] = {group: dict(parts) for group, parts in BUILT_IN.items()}

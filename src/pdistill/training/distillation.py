@@ -3,10 +3,10 @@
 import copy
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdistill.denoiser import Denoiser
-from pdistill.method import Method
+from pdistill.method import BeforeUpdate, Method
 from pdistill.method.halving import Halving
 from pdistill.optimizer import linear_to_zero
 from pdistill.steps import Stage
@@ -18,7 +18,7 @@ class DistillationModule(DenoisingModule):
 
     The student starts as a copy of `start`, by default of the teacher, with the recipe's dropout; the learning rate
     falls linearly to 0 over `stage.updates`. The teacher is in eval mode, gets no gradients and is not in the
-    checkpoint.
+    checkpoint. The stage has its own copy of the method.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class DistillationModule(DenoisingModule):
         super().__init__(student, recipe, stage.index, linear_to_zero(stage.updates))
         self.teacher = teacher.requires_grad_(False).eval()
         self.stage = stage
-        self.method = method or Halving()
+        self.method = copy.deepcopy(method or Halving())
+        self.prepared: int | None = None  # the update that the method was told of
+        self._before_update(0)
 
     @property
     def student(self) -> Denoiser:
@@ -43,10 +45,23 @@ class DistillationModule(DenoisingModule):
         return self.denoiser
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but the teacher stays in eval mode."""
+        """As of any module, but the teacher stays in eval mode, and so does what the method holds."""
         super().train(mode)
         self.teacher.eval()
+        if isinstance(self.method, nn.Module):
+            self.method.eval()
         return self
+
+    def _before_update(self, done: int) -> None:
+        if isinstance(self.method, BeforeUpdate):
+            self.method.before_update(self.student, done, self.stage.updates)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Tells the method of the update that this batch begins; of accumulated batches the first does."""
+        done = self.trainer.global_step
+        if done != self.prepared:
+            self._before_update(done)
+            self.prepared = done
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(B,) losses and (B,) logsnr of a batch, as the method says."""
