@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition, ddim_step
-from pdistill.schedule import AlphaSigma, logsnr_on_grid, variance_preserving
+from pdistill.schedule import AlphaSigma, logsnr_on_grid
 
 
 def distillation_target(
@@ -80,18 +80,23 @@ def x_of_two_steps(x_1: Tensor, x_2: Tensor, logsnr_t: Tensor, logsnr_m: Tensor,
     return torch.where(at_end, x_1, torch.lerp(x_2, x_1, broadcast(w, x_1)))
 
 
-def addim_x(
-    x_hat: Tensor, z_t: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, alpha_sigma: AlphaSigma = variance_preserving
+def with_variance(
+    x_hat: Tensor, z_t: Tensor, logsnrs: tuple[Tensor, Tensor], variance: Tensor, alpha_sigma: AlphaSigma
 ) -> Tensor:
-    """The x with which a DDIM step t -> s is a step of aDDIM (Heek et al., 2024, 2403.06807).
+    """The x whose DDIM step t -> s is aDDIM's (Heek et al., 2024, 2403.06807).
 
-    aDDIM lengthens the noise to F = sqrt(sigma_s^2 + d v g^2 / |eps_hat|^2), g = alpha_s - (sigma_s / sigma_t) alpha_t,
-    for the variance v = 0.1 / (2 + SNR_t) that x_hat, a mean, lacks: x = x_hat + (F - sigma_s) eps_hat / g. At s = 0
-    it is x_hat. Images (B, C, H, W) of d values, logsnr (B,).
+    x_hat is a mean, and lacks the variance v (B,) of the pixels about it. aDDIM lengthens the noise to
+    F = sqrt(sigma_s^2 + d v g^2 / |eps_hat|^2), g = alpha_s - (sigma_s / sigma_t) alpha_t, so that
+    x = x_hat + (F - sigma_s) eps_hat / g. At s = 0 it is x_hat. Images (B, C, H, W) of d values; `logsnrs` of t and s.
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (alpha_sigma(logsnr) for logsnr in logsnrs)
     eps_hat = (z_t - broadcast(alpha_t, z_t) * x_hat) / broadcast(sigma_t, z_t)
     g = alpha_s - sigma_s / sigma_t * alpha_t
-    lacking = 0.1 / (2 + logsnr_t.exp()) / eps_hat.double().square().mean((1, 2, 3))  # d v / |eps_hat|^2
-    share = g * lacking / ((sigma_s**2 + lacking * g**2).sqrt() + sigma_s)  # (F - sigma_s) / g, without a difference
+    added = g * variance / eps_hat.double().square().mean((1, 2, 3)).clamp(min=1e-12)
+    share = added / ((sigma_s**2 + g * added).sqrt() + sigma_s)  # (F - sigma_s) / g, without a difference
     return x_hat + broadcast(torch.where(sigma_s > 0, share, 0), z_t) * eps_hat
+
+
+def analytic_variance(x_hat: Tensor, logsnr: Tensor) -> Tensor:
+    """0.1 / (2 + SNR), of images in [-1, 1] (2403.06807); (B,)."""
+    return 0.1 / (2 + logsnr.exp())

@@ -14,7 +14,7 @@ from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage, stages
-from pdistill.target import addim_x, consistency_target
+from pdistill.target import analytic_variance, consistency_target, with_variance
 from pdistill.weighting import weighted_loss
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class MultistepConsistency:
 
     The teacher does one step of a grid; from there the student itself, without gradient, jumps to the end. The grid
     grows from `teacher_steps_from` to `teacher_steps_to` steps, exponentially over the share `annealed` of the updates.
-    `addim` lengthens the noise of the teacher's step: see `target.addim_x`.
+    `addim` lengthens the noise of the teacher's step: see `target.with_variance`.
     """
 
     needs_every_time = True  # of the teacher: a student knows its own grid alone
@@ -86,7 +86,9 @@ class MultistepConsistency:
         z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
         with torch.inference_mode():
             x_hat = teacher(z_t, t, condition)
-            x_hat = addim_x(x_hat, z_t, logsnr, logsnr_next, schedule.alpha_sigma) if self.addim else x_hat
+            if self.addim:
+                v = analytic_variance(x_hat, logsnr)
+                x_hat = with_variance(x_hat, z_t, (logsnr, logsnr_next), v, schedule.alpha_sigma)
             x_target = consistency_target(student, z_t, x_hat, (i, end, fine), condition)
         logsnr = logsnr.to(x.dtype)
         return weighted_loss(weighting, student(z_t, t, condition), x_target, logsnr), logsnr

@@ -38,6 +38,7 @@ class DistillationModule(DenoisingModule):
         self.method = copy.deepcopy(method or Halving())
         self.prepared: int | None = None  # the update that the method was told of
         self._before_update(0)
+        self.train()
 
     @property
     def student(self) -> Denoiser:
