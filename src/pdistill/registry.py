@@ -54,6 +54,8 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "optimizer": {"adamw": "pdistill.optimizer:adamw"},
     "method": {
         "halving": "pdistill.method.halving:Halving",
+        "tract": "pdistill.method.tract:Tract",
+        "multistep_consistency": "pdistill.method.multistep_consistency:MultistepConsistency",
         "parallel_decoding": "pdistill.method.parallel_decoding:ParallelDecoding",
     },
 }
