@@ -10,13 +10,14 @@ from finished_runs import make_run
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageChops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import STAGE, new_denoiser, recipe, stopped, train, weights
+from test_training import STAGE, new_denoiser, recipe, stopped, train, trainer, weights
 
 from pdistill.errors import UserError
 from pdistill.report import page
 from pdistill.report.grids import save_grid
 from pdistill.sampling import Draw, generate
 from pdistill.training.distillation import DistillationModule
+from pdistill.training.teacher import TeacherModule
 
 
 class Watching:
@@ -105,3 +106,17 @@ def test_a_strip_shows_updates_and_values(tmp_path, measured):
     (run / "steps-0002" / "film" / "0000010.json").write_text("[1")
     with pytest.raises(UserError, match=r"0000010\.json is damaged"):
         page.write([run], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_network_passes_are_those_of_training_alone(tmp_path, accumulate):
+    """Of halving: the student's update is 3, and its teacher's two steps are 2; whatever parts a batch is taken in."""
+
+    def passes(directory: Path) -> float:
+        return json.loads((directory / "cost.json").read_text())["network_passes"]
+
+    stopped(student(), tmp_path / "student", 3, trainer=trainer(accumulate), **Watching().settings)
+    train(student(), tmp_path / "student", trainer=trainer(accumulate), **Watching().settings)
+    assert passes(tmp_path / "student") == 6 * (3 + 2)
+    train(TeacherModule(new_denoiser(), recipe()), tmp_path / "teacher", trainer=trainer(accumulate))
+    assert passes(tmp_path / "teacher") == 6 * 3

@@ -74,7 +74,7 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
     """
     directory = settings.directory
     path = directory / checkpoint.LAST
-    log, cost = TrainingLog(settings.prefix, data.batch_size), Cost()
+    log, cost = TrainingLog(settings.prefix, data.batch_size), Cost(data.batch_size)
     callbacks: list[Callback] = [log, cost, checkpoint.Batching(), *settings.callbacks]
     if settings.metric is not None and settings.measure_every_n_updates:
         watch = Watch(directory, settings.prefix, settings.measure_every_n_updates)
