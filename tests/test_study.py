@@ -74,7 +74,7 @@ def test_what_a_study_refuses(study, arguments):
     for changes, message in {
         ("--budget", "3"): "--budget 3 does not pay for an update of each stage: give at least 10",
         ("--rows", "a: method=no_such"): "no_such",
-        ("--rows", "fine: method=halving", "a: steps.plan=[8,3]"): "3 does not divide 8",
+        ("--rows", "fine: method=halving steps.plan=[2,1]", "a: steps.plan=[8,3]"): "3 does not divide 8",
     }.items():
         with pytest.raises(SystemExit, match=message.replace("[", r"\[")) as refused:
             study.main([*arguments, *changes])
