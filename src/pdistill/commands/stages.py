@@ -36,6 +36,7 @@ from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, Stage
+from pdistill.training.callbacks import film_of
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
@@ -45,6 +46,7 @@ from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
 GRID_IMAGES = 64
+FRAME_IMAGES = 4  # the first of the grid
 NEIGHBOURS_OF = 12  # samples
 
 
@@ -226,11 +228,19 @@ def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: 
         callbacks=[instantiate(node) for node in (settings.callbacks or {}).values()],
         metric=job.fid,
         measure_every_n_updates=settings.metrics.every_n_updates,
+        draw=partial(_draw_frame, job, num_steps),
+        draw_every_n_updates=settings.samples_every_n_updates,
         checkpoint_every_n_updates=settings.checkpoint_every_n_updates,
         max_batch_per_device=settings.max_batch_per_device,
         progress_bar=settings.trainer["enable_progress_bar"],
     )
     fit(module, data, options)
+
+
+def _draw_frame(job: Job, num_steps: int, denoiser: Denoiser, file: Path) -> None:
+    """A column of the grid's first images, as the denoiser draws them now."""
+    images = generate(denoiser, range(FRAME_IMAGES), Draw(num_steps, job.settings.seed), job.device)
+    save_grid(torch.cat(list(images)).cpu(), file, nrow=1)
 
 
 def _facts(updates: int, section: Optimization | None, parent: str | None) -> dict[str, Any]:
@@ -255,6 +265,8 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
         row |= {**facts, "denoiser": f"{name}/denoiser"}
         row |= dict(read_json(directory / "cost.json", {}))  # type: ignore[call-overload]  # absent for a given teacher
         save_grid(torch.stack(grid), directory / "samples.png")
+        if job.settings.samples_every_n_updates and facts["updates"]:
+            save_grid(torch.stack(grid[:FRAME_IMAGES]), film_of(directory, facts["updates"]), nrow=1)
         log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
         write_json(directory / "metrics.json", row)
     barrier()

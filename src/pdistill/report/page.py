@@ -12,9 +12,11 @@ from pdistill.files import write_text
 from pdistill.metrics.provenance import comparable
 from pdistill.report import plots, tables
 from pdistill.report.runs import (
+    Frame,
     check,
     curves_of,
     evaluation_of,
+    film_of,
     finite,
     losses_of,
     metric_keys,
@@ -83,6 +85,7 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
     several = any(len(points) > 1 for points in plots.drawable(curves).values())
     losses = losses_of(directory)
     grids = [(tables.title(row), directory / row["stage"] / "samples.png") for row in rows]
+    films = [(tables.title(row), film_of(directory, row)) for row in rows]
     neighbours = directory / "neighbours.png"
     return {
         "name": name,
@@ -93,11 +96,18 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
         "losses": plots.svg(plots.draw_losses(losses)) if losses else None,
         "evaluation": tables.cells(evaluated) if evaluated else None,
         "grids": [(title, _base64(grid)) for title, grid in grids if grid.exists()],
+        "films": [(title, [_shown(frame) for frame in frames]) for title, frames in films if len(frames) > 1],
+        "film_metric": next(iter(metric_keys(rows)), None),
         "neighbours": _base64(neighbours) if neighbours.exists() else None,
         "provenance": tables.provenance(rows),
         "made": {k: str(v) for k, v in run_json(directory).items() if v is not None and not isinstance(v, dict | list)},
         "config": (directory / "config.yaml").read_text(encoding="utf-8", errors="replace"),
     }
+
+
+def _shown(frame: Frame) -> tuple[str, str, list[str]]:
+    """Update, picture and values of a frame, for the template."""
+    return f"{frame.update:,}", _base64(frame.picture), [tables.words(value) for value in frame.metrics.values()]
 
 
 def _together(directories: list[Path], names: list[str]) -> tuple[str | None, str | None]:

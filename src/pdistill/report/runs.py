@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from pdistill.bars import bar
@@ -106,6 +107,27 @@ def losses_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
                     if loss is not None:
                         losses.setdefault(key.removesuffix("/loss"), {})[int(step)] = loss
     return {stage: sorted(points.items()) for stage, points in losses.items()}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A few samples of a stage, always from the same noise, after so many updates, and what was measured then."""
+
+    update: int
+    picture: Path
+    metrics: dict[str, float]
+
+
+def film_of(directory: Path, row: dict) -> list[Frame]:
+    """The frames of a stage in their order; the last is of the finished denoiser, whose metrics are in its row."""
+    frames = []
+    for picture in sorted((directory / row["stage"] / "film").glob("*.png")):
+        if picture.stem.isdigit():
+            update = int(picture.stem)
+            measured = row if update == row.get("updates") else _object(picture.with_suffix(".json"))
+            values = {key: finite(measured.get(key)) for key in metric_keys([measured])}
+            frames.append(Frame(update, picture, {k: v for k, v in values.items() if v is not None}))
+    return frames
 
 
 def evaluation_of(directory: Path) -> list[dict]:

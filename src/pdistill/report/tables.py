@@ -97,20 +97,21 @@ def stage_notes(rows: list[dict]) -> list[str]:
 
 
 def cost(rows: list[dict]) -> Words:
-    """Stage, updates, learning rate, images, minutes and, where the GPU tells, kJ; no lines if nothing was trained."""
+    """Of what was trained: updates, learning rate, images, network passes, minutes and, where the GPU tells, kJ."""
     lines = [
         [
             row["stage"],
             words(row.get("updates"), ".0f"),
             words(row.get("learning_rate"), "g"),
             words(row.get("training_images"), ".0f"),
+            words(row.get("network_passes"), ".0f"),
             words(row["training_seconds"] / 60, ".1f"),
             words((finite(row.get("joules")) or 0.0) / 1000 or None, ".1f"),
         ]
         for row in rows
         if finite(row.get("training_seconds")) is not None
     ]
-    headings = ["stage", "updates", "learning rate", "images", "minutes", "kJ"]
+    headings = ["stage", "updates", "learning rate", "images", "network passes", "minutes", "kJ"]
     known = [k for k in range(len(headings)) if any(line[k] for line in lines)]
     return [headings[k] for k in known], [[line[k] for k in known] for line in lines]
 
