@@ -34,7 +34,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "metrics.settings",
     ),
     MATHS,
-    ("network", "denoiser"),
+    ("network", "denoiser", "heads"),
     ("interop",),
     ("storage",),
     ("steps", "optimizer", "dataset"),
@@ -42,7 +42,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
     ("training", "report"),
     ("commands",),
 )
-UPWARDS = {("denoiser", "storage")}  # Denoiser.save and Denoiser.load, imported inside the methods
+UPWARDS = {("denoiser", "storage"), ("denoiser", "heads")}  # imported inside the methods of Denoiser
 NO_MODULE = {"trainer", "experiment", "hydra"}  # groups of Lightning's and Hydra's own, and of whole experiments
 IN_TRAINING = {"logger", "callbacks"}
 MOST_ARGUMENTS = 6

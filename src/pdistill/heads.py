@@ -151,7 +151,9 @@ def fused(denoiser: Denoiser, num_steps: int) -> Denoiser:
     if not isinstance(heads, Heads) or num_steps not in heads.counts:
         known = ", ".join(map(str, getattr(heads, "counts", ())))
         raise ValueError(f"this student knows {known} steps, not {num_steps}: give one of these")
-    return _combined(denoiser, blocks(heads, num_steps))
+    student = _combined(denoiser, blocks(heads, num_steps))
+    student.lineage = [*denoiser.lineage, num_steps]
+    return student
 
 
 def first_heads(denoiser: Denoiser, num_steps: int) -> Denoiser:
@@ -179,5 +181,4 @@ def _combined(denoiser: Denoiser, weights: Tensor) -> Denoiser:
     ratios = heads.ratios[:: len(heads.ratios) // num_steps]
     student.parameterization = heads.inner if num_steps == 1 else Heads(heads.of, ratios)
     student.num_steps = num_steps
-    student.lineage = [*denoiser.lineage, num_steps]
     return student
