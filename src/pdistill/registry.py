@@ -28,7 +28,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
     "weighting": {
         name: f"pdistill.weighting:{name}"
-        for name in ("snr", "truncated_snr", "snr_plus_one", "constant", "flow", "edm")
+        for name in ("snr", "truncated_snr", "snr_plus_one", "min_snr_plus_one", "constant", "flow", "edm")
     },
     "network": {"unet": "pdistill.network:unet"},
     "dataset": {

@@ -24,6 +24,11 @@ def snr_plus_one(logsnr: Tensor) -> Tensor:
     return logsnr.exp() + 1
 
 
+def min_snr_plus_one(logsnr: Tensor, gamma: float = 10.0) -> Tensor:
+    """min(SNR + 1, gamma): Min-SNR of a v network (Hang et al., 2023). Times of little noise do not drown the others."""
+    return (logsnr.exp() + 1).clamp(max=gamma)
+
+
 def constant(logsnr: Tensor) -> Tensor:
     """1: the squared error in x."""
     return torch.ones_like(logsnr)
