@@ -25,7 +25,7 @@ def snr_plus_one(logsnr: Tensor) -> Tensor:
 
 
 def min_snr_plus_one(logsnr: Tensor, gamma: float = 10.0) -> Tensor:
-    """min(SNR + 1, gamma): Min-SNR of a v network (Hang et al., 2023). Times of little noise do not drown the others."""
+    """min(SNR + 1, gamma): Min-SNR of a v network (Hang et al., 2023). Little noise does not drown the other times."""
     return (logsnr.exp() + 1).clamp(max=gamma)
 
 
