@@ -21,7 +21,7 @@ from pdistill.commands import run_directory
 from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_denoiser, new_student
 from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
-from pdistill.commands.teachers import check_every_time, given_teacher, images_of, predicting
+from pdistill.commands.teachers import given_teacher, images_of, predicting
 from pdistill.commands.timing import time_stages
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
@@ -91,11 +91,12 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     method = instantiate(settings.method)
     plan = method.stages(settings.steps, settings.distillation.max_teacher_steps)
     given = given_teacher(settings)
-    check_every_time(settings, method, given)
     _check(settings, [settings.conversion if given else settings.training, settings.distillation])
     data = images_of(settings, given, _trainer(settings).strategy.root_device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
+    if check := getattr(method, "check", None):
+        check(given or template)
     converts = given is not None and given.architecture != template.architecture
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:

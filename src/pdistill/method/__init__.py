@@ -25,6 +25,9 @@ class Method(Protocol):
     Each stage has a copy of its own, so that nothing of one stage reaches the next. A method may be an `nn.Module`: its
     parameters then are trained with nothing but are kept in checkpoints; it stays in eval mode. What it remembers
     otherwise is lost when a run is resumed. It may also have the hooks `Begins` and `BeforeUpdate`.
+
+    It may also have `check(teacher: Denoiser)`, which raises UserError for a teacher that it cannot learn from; the
+    commands call it with the first teacher, trained or not, before any work starts.
     """
 
     def stages(self, steps: "Steps", max_teacher_steps: int) -> "list[Stage]":

@@ -29,8 +29,6 @@ class MultistepConsistency:
     `addim` lengthens the noise of the teacher's step: see `target.with_variance`.
     """
 
-    needs_every_time = True  # of the teacher: a student knows its own grid alone
-
     def __init__(
         self, teacher_steps_from: int = 64, teacher_steps_to: int = 1280, annealed: float = 0.5, addim: bool = False
     ) -> None:
@@ -55,6 +53,14 @@ class MultistepConsistency:
                 f"learn: use at least {2 * plan[0].num_steps}, or fewer steps in steps.plan={list(steps.plan)}"
             )
         return plan
+
+    def check(self, teacher: Denoiser) -> None:
+        """Raises UserError for a teacher that knows its own grid alone."""
+        if teacher.num_steps is not None:
+            raise UserError(
+                f"method=multistep_consistency asks its teacher at every time, and this one was distilled for "
+                f"{teacher.num_steps} steps: give the teacher that it was distilled from, or use method=halving"
+            )
 
     def before_update(self, student: Denoiser, done: int, updates: int) -> None:
         """The grid of this update."""
