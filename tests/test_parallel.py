@@ -90,7 +90,9 @@ def test_fused_heads_are_their_mean(tiny, kind, mean):
     apart = [heads.inner.to_x(heads.mix(output, torch.eye(8)[j : j + 1]), noise(), alpha, sigma) for j in range(8)]
     share = blocks(heads, 4)[[0, 1, 2]].float()
     expected = torch.einsum("bk,kbchw->bchw", share, torch.stack(apart))
+    before = torch.get_rng_state()
     assert torch.allclose(fused(student, 4)(noise(), t), expected, atol=1e-5)
+    assert torch.equal(before, torch.get_rng_state())
     assert type(fused(student, 1).parameterization) is type(heads.inner)
 
 

@@ -108,8 +108,9 @@ def with_last_layer(network: nn.Module, weight: Tensor, bias: Tensor) -> nn.Modu
     """A network like one that has a `last_layer`, but for its own; it shares all other weights."""
     other: Any = copy.copy(network)
     other._modules = dict(network._modules)
-    before = other.conv_out
-    other.conv_out = nn.Conv2d(before.in_channels, len(weight), before.kernel_size, padding=before.padding).to(weight)
+    before, place = other.conv_out, {"device": weight.device, "dtype": weight.dtype}
+    shape = (before.in_channels, len(weight), before.kernel_size)
+    other.conv_out = nn.utils.skip_init(nn.Conv2d, *shape, padding=before.padding, **place)  # draws no random numbers
     other.conv_out.load_state_dict({"weight": weight, "bias": bias})
     other.register_to_config(out_channels=len(weight))
     return other
