@@ -93,6 +93,8 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     data = images_of(settings, given, _trainer(settings).strategy.root_device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
+    if check := getattr(method, "check", None):
+        check(given or template)
     converts = given is not None and given.architecture != template.architecture
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
@@ -241,6 +243,7 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
     if is_main():
         row |= {**facts, "denoiser": f"{name}/denoiser"}
         row |= dict(read_json(directory / "cost.json", {}))  # type: ignore[call-overload]  # absent for a given teacher
+        row |= dict(read_json(directory / "ema.json", {}))  # type: ignore[call-overload]  # of several, the best
         save_grid(torch.stack(grid), directory / "samples.png")
         log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
         write_json(directory / "metrics.json", row)

@@ -21,6 +21,9 @@ class Method(Protocol):
 
     A method may be an `nn.Module`: its parameters then are trained with nothing but are kept in checkpoints. What it
     remembers otherwise is lost when a run is resumed.
+
+    It may also have `check(teacher: Denoiser)`, which raises UserError for a teacher that it cannot learn from; the
+    commands call it with the first teacher, trained or not, before any work starts.
     """
 
     def stages(self, steps: "Steps", max_teacher_steps: int) -> "list[Stage]":
