@@ -111,7 +111,7 @@ def choose_ema(module: DenoisingModule, settings: FitSettings, device: Any) -> d
     assert metric is not None  # `check_choice`
     values = []
     for ema in module.emas:
-        values.append(metric.measure(ema.to(device), settings.num_steps, device))
+        values.append(metric.measure(ema.to(device).eval(), settings.num_steps, device))
         ema.cpu()  # where the trainer has left the module
     values = processes.of_main(values)
     module.chosen = min(range(len(values)), key=values.__getitem__)

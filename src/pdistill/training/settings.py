@@ -42,7 +42,7 @@ class Optimization:
         number(f"{self.section}.weight_decay", self.weight_decay)
         number(f"{self.section}.gradient_clip", self.gradient_clip, null=True)
         if self.ema_decay is not None:
-            _check_decay(f"{self.section}.ema_decay", self.ema_decay, " or null")
+            _check_decay(f"{self.section}.ema_decay", self.ema_decay)
         number(f"{self.section}.dropout", self.dropout, 1)
 
     def decays(self, updates: int) -> list[float]:
@@ -115,7 +115,7 @@ class Distillation(Optimization):
         if not isinstance(given, list) or not given or len(set(map(str, given))) < len(given):
             raise UserError(f"{key}={given} must be a list of different decays, e.g. {key}=[0.99,auto]")
         for decay in given:
-            _check_decay(key, decay, " each")
+            _check_decay(key, decay)
         if self.ema_decay is not None:
             raise UserError(f"distillation.ema_decay={self.ema_decay} and {key}={given}: give one of them")
 
@@ -168,8 +168,7 @@ def _one_of(key: str, value: object, known: Sequence[str]) -> None:
         raise UserError(f"{key}={value} must be one of {', '.join(known)}")
 
 
-def _check_decay(key: str, value: object, others: str) -> None:
+def _check_decay(key: str, value: object) -> None:
     """Raises UserError unless an EMA follows from the value."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-    if not numeric and value != "auto":
-        raise UserError(f"{key}={value} must be a number in [0, 1), or auto{others}: 0.001^(1/updates)")
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1):
+        raise UserError(f"{key}={value} must be a number in [0, 1), or auto, which is 0.001^(1/updates), or null")
