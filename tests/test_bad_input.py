@@ -21,6 +21,7 @@ BAD = [
     ("train.py training.ema_decay=1.5", ["training.ema_decay=1.5", "or null"]),
     ("train.py training.learning_rate=-1", ["training.learning_rate=-1"]),
     ("train.py max_batch_per_device=0", ["max_batch_per_device=0", "at least 1"]),
+    ("train.py samples_every_n_updates=0", ["samples_every_n_updates=0", "at least 1"]),
     ("distill.py steps.plan=8", ["steps.plan=8 must be a list"]),
     ("distill.py steps.plan=null", ["steps.plan=null must have a value"]),
     ("distill.py steps.plan=[]", ["steps.plan=[] must list at least two"]),
@@ -44,6 +45,7 @@ BAD = [
     ("train.py parameterization=eps schedule=cosine_zero_snr", ["eps cannot be trained", "allow_unstable=true"]),
     ("train.py training.batch_size=63 trainer=ddp_cpu", ["training.batch_size=63", "multiple of 2"]),
     ("train.py network.ch=20", ["multiple of 32"]),
+    ("train.py metrics=none metrics.every_n_updates=10", ["every_n_updates=10", "metrics=none measures nothing"]),
     ("train.py label_dropout=0.1", ["add conditional=true"]),
     ("distill.py trainer.accelerator=abacus", ["abacus"]),
     # what is not there

@@ -24,6 +24,7 @@ from test_training import STAGE, Numbered, StopAt, new_denoiser, recipe, setting
 
 from pdistill import processes
 from pdistill.errors import Interrupted, UserError
+from pdistill.method.tract import Tract
 from pdistill.training import callbacks
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
@@ -75,6 +76,9 @@ told = {"world": processes.world_size()}
 memory, losses, student = Memory(), Losses(), DistillationModule(new_denoiser(processes.rank()), STAGE, recipe())
 run(student, "whole", loggers=[memory], callbacks=[losses])
 told |= {"digest": digest(student), "logged": memory.logged, "losses": losses.losses}
+tract = DistillationModule(new_denoiser(processes.rank()), STAGE, recipe(), Tract())
+run(tract, "tract")
+told |= {"tract": digest(tract), "self_teacher": digest(tract.method.self_teacher)}
 callbacks.SECONDS_TO_STOP = 1e-6
 only_one = [StopAt(2)] if processes.rank() == 1 else []
 teacher, bad = (kind(new_denoiser(processes.rank()), recipe()) for kind in (TeacherModule, BadShare))
@@ -106,6 +110,11 @@ def told(home) -> list[dict]:
 def test_ranks_have_one_set_of_weights(told):
     assert told[0]["world"] == told[1]["world"] == 2
     assert told[0]["digest"] == told[1]["digest"]
+
+
+def test_ranks_have_one_self_teacher(told):
+    assert told[0]["self_teacher"] == told[1]["self_teacher"] and told[0]["tract"] == told[1]["tract"]
+    assert told[0]["self_teacher"] != told[0]["tract"]
 
 
 def test_the_logged_loss_is_that_of_all_ranks(told):

@@ -54,7 +54,12 @@ KEYWORDS_FREE = {  # public functions
     "interop.pipeline.StudentPipeline.__call__",
 }
 # Of nodes of conf/, which give their arguments by name:
-NODES = {"network.unet", "dataset.folders.image_folder", "dataset.huggingface.load"}
+NODES = {
+    "network.unet",
+    "dataset.folders.image_folder",
+    "dataset.huggingface.load",
+    "metrics.classifier.train_classifier",
+}
 PUBLIC = {
     "conversions": ("Eps", "X", "XEps", "V", "CosineSchedule"),
     "weightings": ("snr", "truncated_snr", "snr_plus_one", "constant"),

@@ -50,7 +50,7 @@ def test_wandb_offline(run, workplace):
             artifacts.append(record.request.log_artifact.artifact)
         elif record.artifact.name:
             artifacts.append(record.artifact)
-    for name in ("loss", "learning_rate", "fid_classifier", "samples"):
+    for name in ("loss", "learning_rate", "fid_classifier", "samples", "film"):
         assert {f"teacher/{name}", f"steps_0002/{name}"} <= keys
     assert {"teacher/loss_by_logsnr/0_5", "summary", "comparison"} <= keys
     assert {"parameterization", "steps", "seed"} <= config

@@ -17,3 +17,9 @@ def number(key: str, value: object, limit: float = math.inf, null: bool = False)
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < limit:
         raise UserError(f"{key}={value} must be a number in [0, {limit}){' or null' if null else ''}")
+
+
+def flag(key: str, value: object) -> None:
+    """Raises UserError unless the value of the key is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value} must be true or false")

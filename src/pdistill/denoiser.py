@@ -45,10 +45,31 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         alpha, sigma = (broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t)))
+        return self.parameterization.to_x(self.output(z, t, condition), z, alpha, sigma)
+
+    def output(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+        """What the network says (B, C', H, W), before the parameterization reads it."""
+        alpha, sigma = (broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t)))
         scale = getattr(self.parameterization, "scale_input", None)
         scaled = z if scale is None else scale(z, alpha, sigma)
-        output = networks.call(self.network, scaled, self.schedule.timestep(t), condition).to(z.dtype)
-        return self.parameterization.to_x(output, z, alpha, sigma)
+        return networks.call(self.network, scaled, self.schedule.timestep(t), condition).to(z.dtype)
+
+    @property
+    def step_counts(self) -> list[int]:
+        """Those that it was trained for: of a teacher none, of a student its own, of one with heads several."""
+        own = [] if self.num_steps is None else [self.num_steps]
+        return list(getattr(self.parameterization, "counts", ())) or own
+
+    def for_steps(self, num_steps: int) -> "Denoiser":
+        """What is sampled in that many steps: itself, or, of one that knows several counts, that student.
+
+        Raises ValueError where it does not know this one.
+        """
+        if not getattr(self.parameterization, "counts", ()):
+            return self
+        from pdistill import heads
+
+        return heads.fused(self, num_steps)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """The paper's UNet, as a configured diffusers UNet2DModel; what a Denoiser asks of this and of any other network."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,24 @@ def call(network: nn.Module, z: Tensor, timestep: Tensor, condition: Condition =
     keywords = {"class_labels" if name == "label" else name: value for name, value in given.items()}
     output = network(z, timestep, **keywords)
     return output if isinstance(output, Tensor) else output.sample
+
+
+def last_layer(network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution whose output is the network's. Raises UserError where none is known to be."""
+    if not isinstance(network, UNet2DModel) or any("Skip" in kind for kind in network.config["up_block_types"]):
+        raise UserError(f"a {type(network).__name__} is not known to end in one convolution: use method=halving")
+    return network.conv_out.weight, network.conv_out.bias  # type: ignore[return-value]
+
+
+def with_last_layer(network: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A network like one that has a `last_layer`, but for its own; it shares all other weights."""
+    other: Any = copy.copy(network)
+    other._modules = dict(network._modules)
+    before = other.conv_out
+    other.conv_out = nn.Conv2d(before.in_channels, len(weight), before.kernel_size, padding=before.padding).to(weight)
+    other.conv_out.load_state_dict({"weight": weight, "bias": bias})
+    other.register_to_config(out_channels=len(weight))
+    return other
 
 
 def build(part: Callable[..., nn.Module], **arguments: Any) -> nn.Module:

@@ -18,7 +18,9 @@ class Parameterization(Protocol):
     """
 
     name: str
-    stable_at_zero_snr: bool
+
+    @property
+    def stable_at_zero_snr(self) -> bool: ...
 
     def channels(self, image_channels: int) -> int: ...
 

@@ -15,7 +15,8 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "parameterization": {
         name: f"pdistill.parameterization:{cls}"
         for name, cls in {"eps": "Eps", "x": "X", "x_eps": "XEps", "v": "V", "flow": "Flow", "edm": "Edm"}.items()
-    },
+    }
+    | {"heads": "pdistill.heads:Heads"},
     "schedule": {
         name: f"pdistill.schedule:{cls}"
         for name, cls in {
@@ -51,7 +52,12 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
     "callbacks": {},
     "optimizer": {"adamw": "pdistill.optimizer:adamw"},
-    "method": {"halving": "pdistill.method.halving:Halving"},
+    "method": {
+        "halving": "pdistill.method.halving:Halving",
+        "tract": "pdistill.method.tract:Tract",
+        "multistep_consistency": "pdistill.method.multistep_consistency:MultistepConsistency",
+        "parallel_decoding": "pdistill.method.parallel_decoding:ParallelDecoding",
+    },
 }
 ALIASES = {"extractor": "metrics", "extractors": "metrics", "callback": "callbacks", "samplers": "sampler"}
 _parts: dict[str, dict[str, Any]] = {group: dict(parts) for group, parts in BUILT_IN.items()}

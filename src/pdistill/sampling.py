@@ -139,6 +139,7 @@ def sample(
     num_classes = getattr(denoiser, "num_classes", None)
     if condition is None and num_classes is not None:
         raise ValueError(f"this denoiser is class-conditional: give it labels (B,) of 0 to {num_classes - 1}")
+    denoiser = denoiser.for_steps(num_steps) if hasattr(denoiser, "for_steps") else denoiser
     null: Condition = None
     if guidance != 1:
         if condition is None or getattr(denoiser, "null_label", None) is None:

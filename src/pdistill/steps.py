@@ -10,6 +10,11 @@ CONVERTED = "converted"  # the stage that makes a teacher predict what its stude
 TEACHERS = ("teacher", CONVERTED)  # the stages that are sampled with the first step count of the plan; no students
 
 
+def is_student(stage: str) -> bool:
+    """Whether a stage of this name made a student of one step count."""
+    return stage.startswith("steps-")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One distillation: a student of `num_steps`, each of them worth `teacher_steps` of its teacher's."""
@@ -20,9 +25,17 @@ class Stage:
     teacher_steps: int
     updates: int
     continuous: bool = False  # trained at every time, as a teacher is: the result has no step count of its own
+    counts: tuple[int, ...] = ()  # of a student that knows several; `num_steps` is the first of them
+
+    @property
+    def grid(self) -> int:
+        """The teacher's steps."""
+        return self.num_steps * self.teacher_steps
 
     @property
     def name(self) -> str:
+        if self.counts:
+            return f"parallel-{self.grid:04d}"
         return CONVERTED if self.continuous else f"steps-{self.num_steps:04d}"
 
 

@@ -38,6 +38,8 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     if denoiser.num_steps is None:
         grid = grid or DEFAULT_GRID
         grid *= -(-students.DEFAULT_STEPS // grid)
+    if len(denoiser.step_counts) > 1:
+        grid = math.lcm(*denoiser.step_counts)
     grid = grid or denoiser.num_steps or DEFAULT_GRID
     description = describe(denoiser) | {"pipeline_steps": grid, "fingerprint": denoiser.fingerprint}
     weights = {k: v.detach().cpu().contiguous() for k, v in denoiser.network.state_dict().items()}

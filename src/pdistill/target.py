@@ -77,6 +77,40 @@ def extrapolated(x_hat: Tensor, x_before: Tensor, logsnrs: tuple[Tensor, Tensor,
     return x_hat + broadcast(ratio, x_hat) * (x_hat - x_before)
 
 
+def consistency_target(
+    reference: Any,
+    z_t: Tensor,
+    x_hat: Tensor,
+    grid: tuple[Tensor, Tensor, int],
+    condition: Condition = None,
+) -> Tensor:
+    """The x of a step from t to the end of its segment that goes through the teacher's next state.
+
+    `grid` is (i, end, N): the step goes from t = i/N to end/N. The teacher, with its x_hat (B, C, H, W) at z_t, goes to
+    (i - 1)/N; from there `reference(z, t, condition) -> x_hat`, which has a `schedule`, jumps to the end in one DDIM
+    step. i, end (B,) are whole, 0 <= end < i.
+    """
+    i, end, num_steps = grid
+    schedule = reference.schedule
+    logsnrs = [logsnr_on_grid(schedule, k.double(), num_steps) for k in (i, i - 1, end)]
+    z = ddim_step(z_t, x_hat, logsnrs[0], logsnrs[1], schedule.alpha_sigma)
+    x_next = reference(z, ((i - 1).double() / num_steps).to(z_t.dtype), condition)
+    return x_of_two_steps(x_hat, x_next, *logsnrs)
+
+
+def x_of_two_steps(x_1: Tensor, x_2: Tensor, logsnr_t: Tensor, logsnr_m: Tensor, logsnr_s: Tensor) -> Tensor:
+    """The x of the DDIM step t -> s that lands where t -> m with x_1 and then m -> s with x_2 do.
+
+    This is (z_s - r z_t) / (alpha_s - r alpha_t), r = sigma_s / sigma_t, with z_t cancelled: w x_1 + (1 - w) x_2 with
+    w = (q_m - q_t) / (q_s - q_t), q = alpha / sigma = exp(logsnr / 2). So it holds for every process. At m = s it is
+    x_1; else at s = 0 it is x_2. Images (B, C, H, W), logsnr (B,), rising from t to s, in float64.
+    """
+    gap_m, gap_s = (torch.expm1((logsnr_t - logsnr) / 2) for logsnr in (logsnr_m, logsnr_s))
+    w = torch.exp((logsnr_m - logsnr_s) / 2) * gap_m / gap_s
+    at_end = broadcast((logsnr_m == logsnr_s).to(w.dtype), x_1) > 0
+    return torch.where(at_end, x_1, torch.lerp(x_2, x_1, broadcast(w, x_1)))
+
+
 def with_variance(
     x_hat: Tensor, z_t: Tensor, logsnrs: tuple[Tensor, Tensor], variance: Tensor, alpha_sigma: AlphaSigma
 ) -> Tensor:
@@ -107,7 +141,7 @@ def measured_variance(x: Tensor) -> Variance:
 
 
 def variance_of(addim: bool | str, x: Tensor) -> Variance | None:
-    """What `distillation_target` takes for a method's key `addim`, at images x (B, C, H, W); None for false."""
+    """What a method's key `addim` asks for, at images x (B, C, H, W): true is `analytic_variance`, false None."""
     if not addim:
         return None
     return measured_variance(x) if addim == "measured" else analytic_variance
@@ -117,8 +151,8 @@ def check_teacher_steps(teacher_order: object, addim: object) -> None:
     """Raises UserError unless these values of a method's keys are known, and not two kinds of steps at once."""
     if isinstance(teacher_order, bool) or teacher_order not in (1, 2):
         raise UserError(f"method.teacher_order={teacher_order} must be 1, for DDIM, or 2, for DPM-Solver++(2M)")
-    if not isinstance(addim, bool) and addim not in ("analytic", "measured"):
-        raise UserError(f"method.addim={addim} must be false, true (the same as analytic) or measured")
+    if not isinstance(addim, bool) and addim != "measured":
+        raise UserError(f"method.addim={addim} must be false, true or measured")
     if addim and teacher_order == 2:
         raise UserError(
             f"method.teacher_order=2 and method.addim={addim} correct the same error of the teacher's steps: give one"

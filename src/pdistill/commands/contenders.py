@@ -72,12 +72,13 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
         found = [Contender("distilled", str(p), "ddim", n) for p, n in zip(students, default, strict=True)]
         teacher = path / "teacher" / "denoiser"
     else:
-        made_for = getattr(load(str(path)), "num_steps", None)
-        default = [made_for] if made_for else []
+        default = getattr(load(str(path)), "step_counts", [])
         found, teacher = [], path.parent.parent / "teacher" / "denoiser"
     steps = settings.step_counts or default
     if not steps:
         raise UserError(f"denoiser={path} is made for no step count of its own: give num_steps=[...]")
+    if not students:
+        _check_steps(load(str(path)), steps)
     if is_pipeline(path):
         pipeline: Any = load(str(path))
         for n in steps:
@@ -92,10 +93,21 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
     return list(dict.fromkeys(found))
 
 
+def _check_steps(model: Model, steps: list[int]) -> None:
+    """Raises UserError for step counts that a student of several does not know."""
+    try:
+        for n in steps:
+            getattr(model, "for_steps", lambda n: None)(n)
+    except ValueError as error:
+        raise UserError(f"num_steps={steps}: {error}") from error
+
+
 def run_of(path: Path) -> Path | None:
     """The run directory that `path` is, or in whose stages it lies."""
     candidates = [path]
-    if path.name == "denoiser" and re.fullmatch(r"teacher|converted|steps-\d+", path.resolve().parent.name):
+    if path.name == "denoiser" and re.fullmatch(
+        r"teacher|converted|parallel-\d+|steps-\d+", path.resolve().parent.name
+    ):
         candidates.append(path.resolve().parents[1])
     return next((c for c in candidates if (c / "config.yaml").exists() and (c / "teacher").exists()), None)
 

@@ -12,6 +12,7 @@ from pdistill.commands.teachers import check_data, predicting
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
+from pdistill.heads import Heads
 from pdistill.randomness import seed_of
 
 NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
@@ -55,6 +56,9 @@ def new_student(settings: Distill, data: ImageSet, given: Denoiser | None) -> De
     if is_imported(settings.teacher):
         check_data(settings, given, data)
         return predicting(given, parameterization)
+    if isinstance(given.parameterization, Heads):  # which no configuration names
+        check_step_count(settings, given)
+        return given
     template = new_denoiser(settings, data)
     unstable = given.parameterization.name != parameterization.name and not given.parameterization.stable_at_zero_snr
     like_it = predicting(given, parameterization) if unstable and given.num_steps is None else given

@@ -65,6 +65,10 @@ def _export(settings: Namespace, directory: Path) -> None:
         raise UserError(f"{directory} is a teacher, made for no step count of its own: give --steps, e.g. --steps 16")
     if settings.guidance != 1 and denoiser.null_label is None:
         raise UserError(f"--guidance={settings.guidance:g} needs a denoiser trained with label_dropout: leave it out")
+    try:
+        denoiser = denoiser.for_steps(num_steps)
+    except ValueError as error:
+        raise UserError(f"--steps={num_steps}: {error}") from error
     graph = export.Graph(num_steps, not settings.no_clip, settings.guidance, settings.dtype)
     kind = "-int8" if settings.int8 else ""
     file = settings.output or directory.with_name(f"{directory.name}-{num_steps}-steps{kind}.{settings.format}")

@@ -49,6 +49,8 @@ class Train:
     """Processes that make batches."""
     checkpoint_every_n_updates: int = 250
     """Updates that a crash may cost at most."""
+    samples_every_n_updates: int | None = None
+    """Draw a few samples every so many updates, for the loggers and the report's film strips; null: do not."""
     conditional: bool = False
     """Class-conditional; the dataset must have labels."""
     label_dropout: float = 0.0
@@ -56,7 +58,7 @@ class Train:
     max_batch_per_device: int | None = None
     """More images than this are taken in several parts, their gradients added up; null: no limit."""
     start: str | None = None
-    """A denoiser directory whose weights the teacher's training starts from; null: fresh ones."""
+    """A denoiser directory whose weights the teacher's training starts from; with teacher=..., the first student's."""
     allow_unstable: bool = False
     """Go on with a parameterization that cannot work with the schedule (eps at zero SNR)."""
     dataset: Any = MISSING
@@ -77,6 +79,8 @@ class Train:
         whole("seed", self.seed, 0)
         whole("num_workers", self.num_workers, 0)
         whole("checkpoint_every_n_updates", self.checkpoint_every_n_updates, 1)
+        if self.samples_every_n_updates is not None:
+            whole("samples_every_n_updates", self.samples_every_n_updates, 1)
         if self.max_batch_per_device is not None:
             whole("max_batch_per_device", self.max_batch_per_device, 1)
         number("label_dropout", self.label_dropout, 1)

@@ -21,7 +21,7 @@ from pdistill.commands import run_directory
 from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_denoiser, new_student
 from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
-from pdistill.commands.teachers import given_teacher, images_of, predicting
+from pdistill.commands.teachers import check_every_time, given_teacher, images_of, predicting
 from pdistill.commands.timing import time_stages
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
@@ -36,6 +36,7 @@ from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, Stage
+from pdistill.training.callbacks import film_of
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
@@ -45,6 +46,7 @@ from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
 GRID_IMAGES = 64
+FRAME_IMAGES = 4  # the first of the grid
 NEIGHBOURS_OF = 12  # samples
 
 
@@ -89,12 +91,11 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     method = instantiate(settings.method)
     plan = method.stages(settings.steps, settings.distillation.max_teacher_steps)
     given = given_teacher(settings)
+    check_every_time(settings, method, given)
     _check(settings, [settings.conversion if given else settings.training, settings.distillation])
     data = images_of(settings, given, _trainer(settings).strategy.root_device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
-    if check := getattr(method, "check", None):
-        check(given or template)
     converts = given is not None and given.architecture != template.architecture
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
@@ -115,11 +116,12 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             facts = _facts(stage.updates, settings.distillation, results[-1].name)
             rows.append(_finish_stage(job, stage.name, stage.num_steps, facts))
             results.append(directory / stage.name)
+            rows += [_finish_fused(job, results[-1], count) for count in stage.counts]
         _measure_teacher(job)
         rows = _time(job, rows)
         if is_main():
             page.comparison_sheet(directory, rows)
-            _draw_neighbours(job, results[-1], plan[-1].num_steps)
+            _draw_neighbours(job, rows[-1])
             log_summary(job.loggers, rows, directory / "comparison.png")
             page.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
@@ -179,13 +181,24 @@ def _train_teacher(job: Job, teacher: Denoiser) -> None:
 
 
 def _distill_stage(job: Job, method: Any, stage: Stage, results: list[Path]) -> None:
-    """One student: it starts from the stage before, and learns from the stage that the plan names."""
+    """One student: it starts from the stage before, or the first from what is given, and learns from the plan's."""
     if _is_trained(job.directory / stage.name):
         return
     section = job.settings.distillation  # type: ignore[attr-defined]
     start, teacher = (Denoiser.load(results[k] / "denoiser") for k in (-1, stage.teacher))
+    if stage.index == 1 and job.settings.teacher is not None and job.settings.start is not None:  # type: ignore[attr-defined]
+        start = Denoiser.load(Path(job.settings.start).expanduser())
     module = DistillationModule(teacher, stage, job.recipe(section), method, start=start)
     _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
+
+
+def _finish_fused(job: Job, parallel: Path, num_steps: int) -> dict[str, Any]:
+    """The student of one step count that a student of several holds. Returns its row."""
+    stage = Stage(0, num_steps, 0, 1, 0)
+    if is_main() and not (job.directory / stage.name / "denoiser").exists():
+        Denoiser.load(parallel / "denoiser").for_steps(num_steps).save(job.directory / stage.name / "denoiser")
+    barrier()
+    return _finish_stage(job, stage.name, num_steps, _facts(0, None, parallel.name))
 
 
 def _convert(job: Job, teacher: Path) -> dict[str, Any]:
@@ -215,11 +228,19 @@ def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: 
         callbacks=[instantiate(node) for node in (settings.callbacks or {}).values()],
         metric=job.fid,
         measure_every_n_updates=settings.metrics.every_n_updates,
+        draw=partial(_draw_frame, job, num_steps),
+        draw_every_n_updates=settings.samples_every_n_updates,
         checkpoint_every_n_updates=settings.checkpoint_every_n_updates,
         max_batch_per_device=settings.max_batch_per_device,
         progress_bar=settings.trainer["enable_progress_bar"],
     )
     fit(module, data, options)
+
+
+def _draw_frame(job: Job, num_steps: int, denoiser: Denoiser, file: Path) -> None:
+    """A column of the grid's first images, as the denoiser draws them now."""
+    images = generate(denoiser, range(FRAME_IMAGES), Draw(num_steps, job.settings.seed), job.device)
+    save_grid(torch.cat(list(images)).cpu(), file, nrow=1)
 
 
 def _facts(updates: int, section: Optimization | None, parent: str | None) -> dict[str, Any]:
@@ -245,6 +266,8 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
         row |= dict(read_json(directory / "cost.json", {}))  # type: ignore[call-overload]  # absent for a given teacher
         row |= dict(read_json(directory / "ema.json", {}))  # type: ignore[call-overload]  # of several, the best
         save_grid(torch.stack(grid), directory / "samples.png")
+        if job.settings.samples_every_n_updates and facts["updates"]:
+            save_grid(torch.stack(grid[:FRAME_IMAGES]), film_of(directory, facts["updates"]), nrow=1)
         log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
         write_json(directory / "metrics.json", row)
     barrier()
@@ -290,10 +313,10 @@ def _measure_teacher(job: Job) -> None:
     )
 
 
-def _draw_neighbours(job: Job, stage: Path, num_steps: int) -> None:
+def _draw_neighbours(job: Job, row: dict[str, Any]) -> None:
     """neighbours.png: has the last student memorised images?"""
-    denoiser = Denoiser.load(stage / "denoiser").to(job.device)
-    drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(num_steps, job.settings.seed), job.device)
+    denoiser = Denoiser.load(job.directory / row["denoiser"]).to(job.device)
+    drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(row["num_steps"], job.settings.seed), job.device)
     samples = torch.cat(list(drawn))
     rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)
     save_grid(rows.flatten(0, 1).cpu(), job.directory / "neighbours.png", nrow=NEIGHBOURS_OF)

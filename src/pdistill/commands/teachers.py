@@ -6,6 +6,7 @@ resolution and classes; `recipe` has set the keys that follow from it.
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -28,7 +29,17 @@ def given_teacher(settings: Distill) -> Denoiser | None:
     for key in ("teacher_revision", "teacher_null_label"):
         if getattr(settings, key) is not None:
             raise UserError(f"{key}={getattr(settings, key)} is for diffusers models, and {settings.teacher} is none")
-    return Denoiser.load(Path(settings.teacher).expanduser())
+    teacher, num_steps = Denoiser.load(Path(settings.teacher).expanduser()), settings.steps.plan[0]
+    return teacher.for_steps(num_steps) if num_steps in teacher.step_counts else teacher
+
+
+def check_every_time(settings: Distill, method: Any, teacher: Denoiser | None) -> None:
+    """Raises UserError where a method asks its teacher at every time and a given one knows its own steps alone."""
+    if teacher is not None and teacher.num_steps is not None and getattr(method, "needs_every_time", False):
+        raise UserError(
+            f"teacher={settings.teacher} was distilled for {teacher.num_steps} steps, and this method needs a teacher "
+            f"that knows every time: give the one it was distilled from, or use method=tract, or method=halving by DDIM"
+        )
 
 
 def predicting(teacher: Denoiser, parameterization: Parameterization) -> Denoiser:

@@ -41,12 +41,15 @@ class StudentPipeline(DiffusionPipeline):
         sigma_data: float = 0.5,
         num_classes: int | None = None,
         null_label: int | None = None,
+        heads: dict[str, list[list[float]]] | None = None,
     ) -> None:
         """`prediction` is x, eps, v, x_eps, flow or edm (with its `sigma_data`): what the network's output means.
 
         `grid` holds `timesteps`, `alphas` and `sigmas` at t = 1/G, ..., 1: what the network sees of time, and the
         process z_t = alpha x + sigma eps. By default they are the scheduler's: k, 1 - k/G, k/G. `num_steps` is the step
         count by default, G if it is None; z_1 is `noise_scale` x unit noise. `null_label` stands for no class.
+        `heads` are the step counts of a network that gives several images at once, each with the weights of those
+        images in the prediction of each of its steps.
         """
         super().__init__()
         if grid is None:
@@ -68,6 +71,7 @@ class StudentPipeline(DiffusionPipeline):
             sigma_data=sigma_data,
             num_classes=num_classes,
             null_label=null_label,
+            heads=heads,
         )
 
     @torch.no_grad()
@@ -100,10 +104,11 @@ class StudentPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         z = x_hat = noise.float() * self.config["noise_scale"]
         steps_shown: Any = self.progress_bar(steps)  # type: ignore[operator,arg-type]
-        for step, following in zip(steps_shown, [*steps[1:], None], strict=True):
-            x_hat = self._predict(z, step, labels)
+        for i, (step, following) in enumerate(zip(steps_shown, [*steps[1:], None], strict=True)):
+            weights = self.config["heads"] and self.config["heads"][str(len(steps))][i]
+            x_hat = self._predict(z, step, labels, weights)
             if null is not None:
-                x_hat = torch.lerp(self._predict(z, step, null), x_hat, guidance)
+                x_hat = torch.lerp(self._predict(z, step, null, weights), x_hat, guidance)
             x_hat = x_hat.clamp(-1, 1) if clip else x_hat
             if following is not None:
                 (_, alpha, sigma), (_, next_alpha, next_sigma) = step, following
@@ -120,6 +125,9 @@ class StudentPipeline(DiffusionPipeline):
         """(timestep, alpha, sigma) at t = 1, 1 - 1/N, ..., 1/N."""
         grid = self.config["grid"]
         count = int(self.config["num_steps"] if count is None else count)
+        heads = self.config["heads"]
+        if heads and str(count) not in heads:
+            raise ValueError(f"num_inference_steps={count} must be one of {', '.join(heads)}, which this model knows")
         points = list(zip(grid["timesteps"], grid["alphas"], grid["sigmas"], strict=True))
         if count < 1 or len(points) % count:
             raise ValueError(f"num_inference_steps={count} must divide {len(points)}, the steps of this model's grid")
@@ -152,7 +160,9 @@ class StudentPipeline(DiffusionPipeline):
             raise ValueError(f"guidance={guidance} needs a class-conditional model trained with label dropout")
         return torch.full_like(labels, self.config["null_label"])
 
-    def _predict(self, z: Tensor, step: tuple[float, float, float], labels: Tensor | None) -> Tensor:
+    def _predict(
+        self, z: Tensor, step: tuple[float, float, float], labels: Tensor | None, weights: list[float] | None
+    ) -> Tensor:
         """x_hat (B, C, H, W), float32."""
         timestep, alpha, sigma = step
         edm = self.config["prediction"] == "edm"
@@ -161,6 +171,9 @@ class StudentPipeline(DiffusionPipeline):
         times = torch.full((len(z),), timestep, dtype=torch.float32, device=z.device)
         scaled = z * d**-0.5 if edm else z
         output = self.unet(scaled.to(self.unet.dtype), times, class_labels=labels).sample.float()
+        if weights:
+            share = torch.tensor(weights, device=z.device)[:, None, None, None]
+            output = (share * output.unflatten(1, (len(weights), -1))).sum(1)
         if edm:
             return alpha * sd**2 / d * z + sigma * sd * d**-0.5 * output
         return TO_X[self.config["prediction"]](output, z, alpha, sigma)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdistill.files import write_json
+from pdistill.heads import Heads, blocks
 from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
 from pdistill.schedule import variance_preserving
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pdistill.denoiser import Denoiser
 
 PREDICTION_TYPES = {V: "v_prediction", X: "sample", Eps: "epsilon"}  # diffusers has no word for the others
-BY_OUR_PIPELINE = (Eps, X, XEps, V, Flow, Edm)
+BY_OUR_PIPELINE = (Eps, X, XEps, V, Flow, Edm)  # and Heads of one of these
 PIPELINE = Path(__file__).with_name("pipeline.py")
 DEFAULT_STEPS = 1000  # of DDPMPipeline, where its caller gives none
 REFINED = 3
@@ -68,7 +69,7 @@ def write_unet(
         _write_index(directory, FlowMatchEulerDiscreteScheduler(num_train_timesteps=grid))
     else:
         changes = {}
-        if kind in BY_OUR_PIPELINE:
+        if type(getattr(denoiser.parameterization, "inner", denoiser.parameterization)) in BY_OUR_PIPELINE:
             shutil.copyfile(PIPELINE, directory / PIPELINE.name)
             write_json(directory / "model_index.json", _index_of_ours(denoiser, grid))
     save_weights(weights, directory / UNET_WEIGHTS, metadata)
@@ -205,6 +206,11 @@ def _index_of_ours(denoiser: "Denoiser", grid: int) -> dict[str, Any]:
     alphas, sigmas = denoiser.schedule.alpha_sigma(denoiser.schedule(t))
     timesteps = denoiser.schedule.timestep(t)
     parameterization: Any = denoiser.parameterization
+    heads = None
+    if isinstance(parameterization, Heads):
+        counts = denoiser.step_counts if parameterization.counts else [len(parameterization.ratios)]
+        heads = {str(n): blocks(parameterization, n).tolist() for n in counts}
+        parameterization = parameterization.inner
     return {
         "_class_name": [PIPELINE.stem, "StudentPipeline"],
         "_diffusers_version": diffusers.__version__,
@@ -215,4 +221,5 @@ def _index_of_ours(denoiser: "Denoiser", grid: int) -> dict[str, Any]:
         "noise_scale": denoiser.schedule.noise_scale,
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
+        "heads": heads,
     } | ({"sigma_data": parameterization.sigma_data} if isinstance(parameterization, Edm) else {})

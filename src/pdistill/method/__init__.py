@@ -1,11 +1,14 @@
 """Methods: what a stage of distillation trains. One small class a file, chosen by the group conf/method.
 
-`method=halving` is the paper's. To add one, write a class with the two functions of `Method`, whose loss fits on a
-screen, and register it: docs/extending.md.
+`method=halving` is the paper's; docs/methods.md says what each is for. To add one, write a class with the two functions
+of `Method`, whose loss fits on a screen, and register it: docs/extending.md.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from pdistill.errors import UserError
+from pdistill.training.settings import Distillation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +22,9 @@ if TYPE_CHECKING:
 class Method(Protocol):
     """What `DistillationModule` and the commands ask of a method; any object that has these two functions is one.
 
-    A method may be an `nn.Module`: its parameters then are trained with nothing but are kept in checkpoints. What it
-    remembers otherwise is lost when a run is resumed.
-
-    It may also have `check(teacher: Denoiser)`, which raises UserError for a teacher that it cannot learn from; the
-    commands call it with the first teacher, trained or not, before any work starts.
+    Each stage has a copy of its own, so that nothing of one stage reaches the next. A method may be an `nn.Module`: its
+    parameters then are trained with nothing but are kept in checkpoints; it stays in eval mode. What it remembers
+    otherwise is lost when a run is resumed. It may also have the hooks `Begins` and `BeforeUpdate`.
     """
 
     def stages(self, steps: "Steps", max_teacher_steps: int) -> "list[Stage]":
@@ -49,3 +50,34 @@ class Method(Protocol):
         (seed, stage, step, rank) before each call, so that a resumed run repeats it.
         """
         ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """The optional hook of a method whose student is not, at first, what it starts from."""
+
+    def begin(self, student: "Denoiser", stage: "Stage") -> "Denoiser":
+        """The student before its first update, made of a copy of what it starts from."""
+        ...
+
+
+@runtime_checkable
+class BeforeUpdate(Protocol):
+    """The optional hook of a method that changes while a stage trains."""
+
+    def before_update(self, student: "Denoiser", done: int, updates: int) -> None:
+        """Called once before every update of the weights, `done` of the stage's `updates` being done; on every process.
+
+        Also called with done = 0 when the stage is made: what it makes then is there when a checkpoint's tensors are
+        read, and calling it twice must do no harm.
+        """
+        ...
+
+
+def refuse_max_teacher_steps(method: str, given: int) -> None:
+    """Raises UserError where `distillation.max_teacher_steps` was changed, for a method that has no use for it."""
+    if given != Distillation.max_teacher_steps:
+        raise UserError(
+            f"distillation.max_teacher_steps={given} is of method=halving, and method={method} does not use it: "
+            f"leave it out"
+        )

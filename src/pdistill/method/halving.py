@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pdistill.denoiser import Denoiser
-from pdistill.errors import UserError
+from pdistill.heads import first_heads
 from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition
 from pdistill.steps import Stage, stages
@@ -24,8 +24,8 @@ class Halving:
     """A student step learns to land where `teacher_steps` DDIM steps of its teacher do: two, in the paper's plans.
 
     A teacher that was trained in continuous time may take better steps: of second order, `teacher_order=2`, or aDDIM's,
-    with `addim` true, "analytic" (the same) or "measured" (see `pdistill.target`). Stages that a student teaches keep
-    to DDIM, which is what it was taught. Raises UserError for other values, and for both at once.
+    with `addim`, whose variance is a formula's (true) or measured on the images ("measured"): see `pdistill.target`.
+    Stages that a student teaches keep to DDIM, which is what it was taught. Raises UserError for both at once.
     """
 
     teacher_order: int = 1
@@ -34,17 +34,18 @@ class Halving:
     def __post_init__(self) -> None:
         check_teacher_steps(self.teacher_order, self.addim)
 
-    def check(self, teacher: Denoiser) -> None:
-        """Raises UserError where no stage would take the steps that were asked for."""
-        if teacher.num_steps is not None and (self.teacher_order == 2 or self.addim):
-            raise UserError(
-                f"method.teacher_order={self.teacher_order} and method.addim={self.addim} are steps of a teacher "
-                f"trained in continuous time, and this one is a student of {teacher.num_steps} steps: leave them out"
-            )
+    @property
+    def needs_every_time(self) -> bool:
+        """Of the first teacher: a student knows its own grid alone, and no stage would take the better steps."""
+        return self.teacher_order == 2 or bool(self.addim)
 
     def stages(self, steps: "Steps", max_teacher_steps: int = 2) -> list[Stage]:
         """One student for each entry of the plan after the first. Raises UserError: see `steps.stages`."""
         return stages(steps.plan, steps.updates, steps.updates_last_two, max_teacher_steps)
+
+    def begin(self, student: Denoiser, stage: Stage) -> Denoiser:
+        """Of a student with heads, those whose times the next one has."""
+        return first_heads(student, stage.num_steps)
 
     def losses(
         self,

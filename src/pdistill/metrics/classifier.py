@@ -17,6 +17,7 @@ from pdistill.randomness import generator
 
 MAX_UPDATES = 3000  # small datasets get their epochs, large ones no more than this
 SAVED_EVERY = 100  # updates
+WIDTH = 32
 
 
 class Classifier(nn.Module):
@@ -29,19 +30,19 @@ class Classifier(nn.Module):
     name = "classifier"
     num_features = 64
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    def __init__(self, channels: int, num_classes: int, width: int = WIDTH) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
-            nn.Linear(256, self.num_features),
+            nn.Linear(8 * width, self.num_features),
         )
         self.head = nn.Linear(self.num_features, num_classes)
 
@@ -59,11 +60,14 @@ def train_classifier(
     learning_rate: float = 2e-3,
     max_updates: int = MAX_UPDATES,
     device: str = "auto",
+    seed: int = 0,
+    width: int = WIDTH,
 ) -> Classifier:
     """The classifier extractor of a dataset, trained on the spot once and cached, for `max_updates` at most.
 
     One process trains at a time, and the others wait for its file. A stopped training goes on where it was saved last,
-    to the same weights. Raises UserError where the dataset has no labels.
+    to the same weights. Another `seed` or `width`, the channels of its first layer, makes another extractor, for who
+    wants a second opinion. Raises UserError where the dataset has no labels.
     """
     if data.labels is None:
         raise UserError(
@@ -72,14 +76,15 @@ def train_classifier(
         )
     updates = min(max_updates, epochs * -(-len(data.images) // batch_size))
     recipe = f"classifier-2-{updates}-{batch_size}-{learning_rate}-{data.fingerprint}"
+    recipe += f"-seed-{seed}-width-{width}" if (seed, width) != (0, WIDTH) else ""
     path = cache_directory() / f"{recipe}.safetensors"
-    classifier = _fresh_classifier(data)
+    classifier = _fresh_classifier(data, seed, width)
     weights = _load(path)
     if weights is None:
         with locked(path.with_suffix(".lock")):  # whoever comes second finds the file
             weights = _load(path)
             if weights is None:
-                training = _Training(classifier, data, batch_size, learning_rate, path.with_suffix(".partial"))
+                training = _Training(classifier, data, batch_size, learning_rate, path.with_suffix(".partial"), seed)
                 weights = training.run(updates, device_of(device))
                 with whole(path) as temporary:
                     save_file(weights, temporary)
@@ -88,10 +93,10 @@ def train_classifier(
     return classifier.cpu().eval().requires_grad_(False)
 
 
-def _fresh_classifier(data: ImageSet) -> Classifier:
+def _fresh_classifier(data: ImageSet, seed: int, width: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Classifier(data.image_shape[0], data.num_classes)
+        torch.manual_seed(seed)
+        return Classifier(data.image_shape[0], data.num_classes, width)
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:
@@ -106,11 +111,12 @@ class _Training:
     """Of the classifier; batch and learning rate are functions of the update, so that a resumed one is the same."""
 
     def __init__(
-        self, classifier: Classifier, data: ImageSet, batch_size: int, learning_rate: float, path: Path
+        self, classifier: Classifier, data: ImageSet, batch_size: int, learning_rate: float, path: Path, seed: int
     ) -> None:
         self.classifier, self.data = classifier, data
         self.batch_size, self.learning_rate = batch_size, learning_rate
         self.path = path
+        self.key = [seed] if seed else []
 
     def run(self, updates: int, device: torch.device) -> dict[str, Tensor]:
         """The weights after so many updates, on the CPU."""
@@ -122,7 +128,7 @@ class _Training:
         counted = bar((), title, updates, "update", initial=done, everywhere=True)  # one process trains it
         with counted, torch.enable_grad(), torch.inference_mode(False):
             for update in range(done, updates):
-                random = generator("classifier", update)
+                random = generator("classifier", *self.key, update)
                 index = torch.randint(len(self.data.images), (self.batch_size,), generator=random)
                 images, labels = self.data.images[index].to(device), labels_of_all[index].to(device)
                 for group in self.optimizer.param_groups:

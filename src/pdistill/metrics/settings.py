@@ -29,6 +29,11 @@ class Metrics:
             whole("metrics.num_samples", self.num_samples, LEAST_SAMPLES)
         if self.every_n_updates is not None:
             whole("metrics.every_n_updates", self.every_n_updates, 1)
+            if self.extractor is None:
+                raise UserError(
+                    f"metrics.every_n_updates={self.every_n_updates} asks for a metric while training, and "
+                    f"metrics=none measures nothing: use metrics=classifier or metrics=inception, or set it to null"
+                )
         self.check_samplers()
 
     def check_samplers(self) -> None:

@@ -20,6 +20,7 @@ NO_DIFFERENCE = (  # keys and groups that say where a run is, or who watches, an
     "logger",
     "num_workers",
     "checkpoint_every_n_updates",
+    "samples_every_n_updates",
     "max_batch_per_device",
     "allow_unstable",
     "dataset.cache",

@@ -12,16 +12,18 @@ from pdistill.files import write_text
 from pdistill.metrics.provenance import comparable
 from pdistill.report import plots, tables
 from pdistill.report.runs import (
+    Frame,
     check,
     curves_of,
     evaluation_of,
+    film_of,
     finite,
     losses_of,
     metric_keys,
     rows_of,
     run_json,
 )
-from pdistill.steps import TEACHERS
+from pdistill.steps import is_student
 
 COLUMNS = 12  # seeds on the comparison sheet
 PER_LINE = 8  # of the 64 pictures of samples.png, with a border of two pixels
@@ -83,6 +85,7 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
     several = any(len(points) > 1 for points in plots.drawable(curves).values())
     losses = losses_of(directory)
     grids = [(tables.title(row), directory / row["stage"] / "samples.png") for row in rows]
+    films = [(tables.title(row), film_of(directory, row)) for row in rows]
     neighbours = directory / "neighbours.png"
     return {
         "name": name,
@@ -93,11 +96,18 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
         "losses": plots.svg(plots.draw_losses(losses)) if losses else None,
         "evaluation": tables.cells(evaluated) if evaluated else None,
         "grids": [(title, _base64(grid)) for title, grid in grids if grid.exists()],
+        "films": [(title, [_shown(frame) for frame in frames]) for title, frames in films if len(frames) > 1],
+        "film_metric": next(iter(metric_keys(rows)), None),
         "neighbours": _base64(neighbours) if neighbours.exists() else None,
         "provenance": tables.provenance(rows),
         "made": {k: str(v) for k, v in run_json(directory).items() if v is not None and not isinstance(v, dict | list)},
         "config": (directory / "config.yaml").read_text(encoding="utf-8", errors="replace"),
     }
+
+
+def _shown(frame: Frame) -> tuple[str, str, list[str]]:
+    """Update, picture and values of a frame, for the template."""
+    return f"{frame.update:,}", _base64(frame.picture), [tables.words(value) for value in frame.metrics.values()]
 
 
 def _together(directories: list[Path], names: list[str]) -> tuple[str | None, str | None]:
@@ -118,7 +128,7 @@ def _together(directories: list[Path], names: list[str]) -> tuple[str | None, st
 
 
 def _students(rows: list[dict], key: str) -> dict[int, list[float]]:
-    values = {row["num_steps"]: finite(row.get(key)) for row in rows if row["stage"] not in TEACHERS}
+    values = {row["num_steps"]: finite(row.get(key)) for row in rows if is_student(row["stage"])}
     return {n: [value] for n, value in values.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from pdistill.bars import bar
@@ -11,7 +12,7 @@ from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.metrics.curve import STUDENTS, Curves, teacher_points
 from pdistill.metrics.provenance import fingerprint_at
-from pdistill.steps import TEACHERS
+from pdistill.steps import TEACHERS, is_student
 
 KEY_OF_WEIGHTS = "denoiser_fingerprint"  # in a provenance since 0.2.0
 
@@ -30,9 +31,9 @@ def metric_keys(rows: list[dict]) -> list[str]:
 
 
 def place_in_table(row: dict) -> tuple[int, int]:
-    """Sorts stages: the teacher, the converted one, then students by falling step count."""
+    """Sorts stages: the teacher, the converted one, a student of several counts, then students by falling count."""
     stage = row["stage"]
-    return (TEACHERS.index(stage) if stage in TEACHERS else len(TEACHERS), -row["num_steps"])
+    return (TEACHERS.index(stage) if stage in TEACHERS else len(TEACHERS) + is_student(stage), -row["num_steps"])
 
 
 def rows_of(directory: Path) -> list[dict]:
@@ -41,7 +42,7 @@ def rows_of(directory: Path) -> list[dict]:
     Raises UserError for a file that is damaged.
     """
     rows = []
-    for path in [p for name in (*TEACHERS, "steps-*") for p in directory.glob(f"{name}/metrics.json")]:
+    for path in [p for name in (*TEACHERS, "parallel-*", "steps-*") for p in directory.glob(f"{name}/metrics.json")]:
         row = read_json(path)
         if not (isinstance(row, dict) and "stage" in row and isinstance(row.get("num_steps"), int)):
             raise UserError(f"{path} is damaged (it holds no stage and num_steps): delete it and run the command again")
@@ -72,7 +73,7 @@ def curves_of(*runs: Path) -> Curves:
         rows = rows_of(run)
         for key in metric_keys(rows)[:1]:
             for row in rows:
-                if row["stage"] not in TEACHERS and finite(row.get(key)) is not None:
+                if is_student(row["stage"]) and finite(row.get(key)) is not None:
                     curves[STUDENTS][row["num_steps"]].append(float(row[key]))
         for sampler, points in teacher_points(run).items():
             for num_steps, value in points.items():
@@ -106,6 +107,27 @@ def losses_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
                     if loss is not None:
                         losses.setdefault(key.removesuffix("/loss"), {})[int(step)] = loss
     return {stage: sorted(points.items()) for stage, points in losses.items()}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A few samples of a stage, always from the same noise, after so many updates, and what was measured then."""
+
+    update: int
+    picture: Path
+    metrics: dict[str, float]
+
+
+def film_of(directory: Path, row: dict) -> list[Frame]:
+    """The frames of a stage in their order; the last is of the finished denoiser, whose metrics are in its row."""
+    frames = []
+    for picture in sorted((directory / row["stage"] / "film").glob("*.png")):
+        if picture.stem.isdigit():
+            update = int(picture.stem)
+            measured = row if update == row.get("updates") else _object(picture.with_suffix(".json"))
+            values = {key: finite(measured.get(key)) for key in metric_keys([measured])}
+            frames.append(Frame(update, picture, {k: v for k, v in values.items() if v is not None}))
+    return frames
 
 
 def evaluation_of(directory: Path) -> list[dict]:

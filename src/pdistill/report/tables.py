@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pdistill.metrics.curve import Curves
 from pdistill.metrics.provenance import comparable
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys
-from pdistill.steps import TEACHERS
+from pdistill.steps import is_student
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ def terminal(headings: Sequence[str], lines: Sequence[Sequence[str]], title: str
 def title(row: dict, separator: str = ", ") -> str:
     """ "teacher, 32 steps", "1 step"."""
     steps = f"{row['num_steps']} step" + "s" * (row["num_steps"] > 1)
-    return f"{row['stage']}{separator}{steps}" if row["stage"] in TEACHERS else steps
+    return steps if is_student(row["stage"]) else f"{row['stage']}{separator}{steps}"
 
 
 def stages(rows: list[dict]) -> Words:
@@ -97,20 +97,21 @@ def stage_notes(rows: list[dict]) -> list[str]:
 
 
 def cost(rows: list[dict]) -> Words:
-    """Stage, updates, learning rate, images, minutes and, where the GPU tells, kJ; no lines if nothing was trained."""
+    """Of what was trained: updates, learning rate, images, network passes, minutes and, where the GPU tells, kJ."""
     lines = [
         [
             row["stage"],
             words(row.get("updates"), ".0f"),
             words(row.get("learning_rate"), "g"),
             words(row.get("training_images"), ".0f"),
+            words(row.get("network_passes"), ".0f"),
             words(row["training_seconds"] / 60, ".1f"),
             words((finite(row.get("joules")) or 0.0) / 1000 or None, ".1f"),
         ]
         for row in rows
         if finite(row.get("training_seconds")) is not None
     ]
-    headings = ["stage", "updates", "learning rate", "images", "minutes", "kJ"]
+    headings = ["stage", "updates", "learning rate", "images", "network passes", "minutes", "kJ"]
     known = [k for k in range(len(headings)) if any(line[k] for line in lines)]
     return [headings[k] for k in known], [[line[k] for k in known] for line in lines]
 

@@ -70,9 +70,10 @@ def there_is_one(directory: Path) -> bool:
 
 
 def remove_partial(directory: Path) -> None:
-    """Removes what killed processes left half written."""
-    for file in directory.glob(f".{LAST}.*.partial"):
-        file.unlink(missing_ok=True)
+    """Removes the files of a stage, and of its film, that killed processes left half written."""
+    for file in [*directory.glob(".*.partial"), *directory.glob("*/.*.partial")]:
+        if file.is_file():
+            file.unlink(missing_ok=True)
 
 
 def _chosen(path: Path) -> Path | str:

@@ -3,10 +3,10 @@
 import copy
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdistill.denoiser import Denoiser
-from pdistill.method import Method
+from pdistill.method import BeforeUpdate, Begins, Method
 from pdistill.method.halving import Halving
 from pdistill.optimizer import annealing
 from pdistill.steps import Stage
@@ -19,7 +19,7 @@ class DistillationModule(DenoisingModule):
 
     The student starts as a copy of `start`, by default of the teacher, with the recipe's dropout; how the learning rate
     falls over `stage.updates`, and the distance in the loss, are as the recipe's settings say. The teacher is in eval
-    mode, gets no gradients and is not in the checkpoint.
+    mode, gets no gradients and is not in the checkpoint. The stage has its own copy of the method.
     """
 
     def __init__(
@@ -30,15 +30,21 @@ class DistillationModule(DenoisingModule):
         method: Method | None = None,
         start: Denoiser | None = None,
     ) -> None:
+        method = method or Halving()
         student = copy.deepcopy(start or teacher)
+        if isinstance(method, Begins):
+            student = method.begin(student, stage)
         student.num_steps = None if stage.continuous else stage.num_steps
-        student.lineage = [*student.lineage, stage.name if stage.continuous else stage.num_steps]
+        student.lineage = [*student.lineage, stage.name if stage.continuous or stage.counts else stage.num_steps]
         settings = recipe.settings
         super().__init__(student, recipe, stage.index, annealing(settings, stage.updates), stage.updates)
         self.weighting = with_loss(recipe.weighting, settings.loss, settings.huber_c)
         self.teacher = teacher.requires_grad_(False).eval()
         self.stage = stage
-        self.method = method or Halving()
+        self.method = copy.deepcopy(method)
+        self.prepared: int | None = None  # the update that the method was told of
+        self._before_update(0)
+        self.train()
 
     @property
     def student(self) -> Denoiser:
@@ -46,10 +52,23 @@ class DistillationModule(DenoisingModule):
         return self.denoiser
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but the teacher stays in eval mode."""
+        """As of any module, but the teacher stays in eval mode, and so does what the method holds."""
         super().train(mode)
         self.teacher.eval()
+        if isinstance(self.method, nn.Module):
+            self.method.eval()
         return self
+
+    def _before_update(self, done: int) -> None:
+        if isinstance(self.method, BeforeUpdate):
+            self.method.before_update(self.student, done, self.stage.updates)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Tells the method of the update that this batch begins; of accumulated batches the first does."""
+        done = self.trainer.global_step
+        if done != self.prepared:
+            self._before_update(done)
+            self.prepared = done
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(B,) losses and (B,) logsnr of a batch, as the method says."""

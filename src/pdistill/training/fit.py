@@ -13,10 +13,19 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from pdistill import processes
+from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import write_json
 from pdistill.training import checkpoint
-from pdistill.training.callbacks import Cost, Measure, MetricWhileTraining, ResumableCheckpoint, TrainingLog
+from pdistill.training.callbacks import (
+    Cost,
+    Film,
+    Measure,
+    MetricWhileTraining,
+    ResumableCheckpoint,
+    TrainingLog,
+    Watch,
+)
 from pdistill.training.data import ImageDataModule
 from pdistill.training.module import DenoisingModule
 from pdistill.training.progress import ProgressBar
@@ -27,8 +36,8 @@ class FitSettings:
     """How a stage is run; what it trains is in its modules."""
 
     directory: Path
-    """Of the stage. It gets last.ckpt and previous.ckpt while the stage trains, then cost.json, ema.json where there
-    were several EMAs, and, last, denoiser/."""
+    """Of the stage. It gets film/, last.ckpt and previous.ckpt while it trains, then cost.json, ema.json if there were
+    several EMAs, and, last, denoiser/."""
     prefix: str
     """Of the stage's scalars, and the name of its bar: "teacher", "steps_0016"."""
     updates: int
@@ -45,6 +54,10 @@ class FitSettings:
     """Measured while the stage trains, and chooses among several EMAs, for example a `metrics.fid.FID`."""
     measure_every_n_updates: int | None = None
     """Updates between two measurements; None for none."""
+    draw: Callable[[Denoiser, Path], None] | None = None
+    """Draws a frame of the stage's film: a few samples of the denoiser, to a .png file."""
+    draw_every_n_updates: int | None = None
+    """Updates between two frames; None for none."""
     checkpoint_every_n_updates: int = 250
     """Updates that a crash may cost at most."""
     max_batch_per_device: int | None = None
@@ -63,11 +76,13 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
     check_choice(len(module.decays), settings.metric is not None)
     directory = settings.directory
     path = directory / checkpoint.LAST
-    log, cost = TrainingLog(settings.prefix, data.batch_size), Cost()
+    log, cost = TrainingLog(settings.prefix, data.batch_size), Cost(data.batch_size)
     callbacks: list[Callback] = [log, cost, checkpoint.Batching(), *settings.callbacks]
     if settings.metric is not None and settings.measure_every_n_updates:
-        arguments = (settings.metric, settings.prefix, settings.num_steps, settings.measure_every_n_updates)
-        callbacks.append(MetricWhileTraining(*arguments))
+        watch = Watch(directory, settings.prefix, settings.measure_every_n_updates)
+        callbacks.append(MetricWhileTraining(watch, settings.metric, settings.num_steps))
+    if settings.draw is not None and settings.draw_every_n_updates:
+        callbacks.append(Film(Watch(directory, settings.prefix, settings.draw_every_n_updates), settings.draw))
     if settings.progress_bar:
         callbacks.append(ProgressBar(settings.prefix))
     callbacks.append(ResumableCheckpoint(path, settings.checkpoint_every_n_updates, log))

@@ -122,17 +122,29 @@ def log_stage(loggers: Sequence[Logger], stage: str, row: Mapping[str, Any], dir
     for logger in loggers:
         with _telling(logger):
             logger.log_metrics(scalars)
-            if isinstance(logger, TensorBoardLogger):
-                picture = pil_to_tensor(Image.open(directory / "samples.png"))
-                logger.experiment.add_image(f"{prefix}/samples", picture)
-            elif isinstance(logger, WandbLogger):
+    log_picture(loggers, f"{prefix}/samples", directory / "samples.png")
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            with _telling(logger):
                 _log_to_wandb(logger.experiment, prefix, row, directory, run_name)
+
+
+def log_picture(loggers: Sequence[Logger], key: str, file: Path, step: int | None = None) -> None:
+    """A picture, of a training at an update if `step` is given, for those loggers that take pictures."""
+    for logger in loggers:
+        with _telling(logger):
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(key, pil_to_tensor(Image.open(file)), step)
+            elif isinstance(logger, WandbLogger):
+                import wandb
+
+                pictures: dict[str, Any] = {key: wandb.Image(str(file))}
+                logger.log_metrics(pictures, step)
 
 
 def _log_to_wandb(run: Any, prefix: str, row: Mapping[str, Any], directory: Path, run_name: str) -> None:
     import wandb
 
-    run.log({f"{prefix}/samples": wandb.Image(str(directory / "samples.png"))})
     artifact = wandb.Artifact(artifact_name(run_name, prefix), type="denoiser", metadata=dict(row))
     artifact.add_dir(str(directory / "denoiser"))
     if row.get("parent") and not run.offline:
