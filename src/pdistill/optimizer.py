@@ -47,3 +47,15 @@ def warm_up(updates: int) -> Factor:
 def linear_to_zero(updates: int) -> Factor:
     """Falls linearly from 1 to 0 at `updates`, as in the paper's stages."""
     return lambda update: max(0.0, 1 - update / updates)
+
+
+def constant_then_linear(updates: int, share: float) -> Factor:
+    """1, then falls linearly to 0 over the last `share` of the updates: over all of them with 1, never with 0."""
+    return lambda update: min(1.0, max(0.0, updates - update) / (share * updates)) if share else 1.0
+
+
+def annealing(settings: "Optimization", updates: int) -> Factor:
+    """The schedule of a stage of distillation, by its `learning_rate_schedule` and `final_decay`."""
+    if settings.learning_rate_schedule == "constant":
+        return constant_then_linear(updates, settings.final_decay)
+    return linear_to_zero(updates)

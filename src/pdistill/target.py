@@ -1,13 +1,17 @@
-"""What a student must predict, in closed form (paper, Section 3, Algorithm 2)."""
+"""What a student must predict, in closed form (paper, Section 3, Algorithm 2), and teachers of a better step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdistill.errors import UserError
 from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition, ddim_step
 from pdistill.schedule import AlphaSigma, logsnr_on_grid
+
+Variance = Callable[[Tensor, Tensor], Tensor]  # (x_hat (B, C, H, W), logsnr (B,)) -> E (x - x_hat)^2 per pixel, (B,)
 
 
 def distillation_target(
@@ -17,6 +21,9 @@ def distillation_target(
     num_steps: int,
     condition: Condition = None,
     teacher_steps: int = 2,
+    *,
+    order: int = 1,
+    variance: Variance | None = None,
 ) -> Tensor:
     """The x that a student step of size 1/num_steps must predict to land where `teacher_steps` of the teacher's do.
 
@@ -25,16 +32,29 @@ def distillation_target(
     sigma_t) z_t + (sum_j c_j) x, so the target is sum_j c_j x_j / sum_j c_j: a convex combination of the teacher's
     predictions, from which z has cancelled. The sums obey c <- r c with r = sigma_{next} / sigma_{now}, then add
     alpha_{next} - r alpha_{now}; at s = 0, r = 0 and the target is the last prediction. Holds for every process.
+
+    Two kinds of steps are DDIM's with another x_j in the place of the teacher's, so that all this stays true of them:
+    `order=2` is DPM-Solver++(2M), which begins anew at every z_t (`extrapolated`), and `variance` makes aDDIM
+    (`with_variance`). Neither costs an evaluation. Of order 2 the target is no convex combination of the teacher's
+    predictions: the weights still add up to 1, and those of earlier predictions may be negative. Both are for teachers
+    that were trained in continuous time: a student's DDIM steps are what it was taught.
     """
     schedule = teacher.schedule
     fine = num_steps * teacher_steps
     i = torch.round(t.double() * num_steps).long() * teacher_steps  # (B,) on the teacher's grid
     weighted_x, weight = torch.zeros_like(z_t), torch.zeros_like(i, dtype=torch.float64)
     z = z_t
+    before: tuple[Tensor, Tensor] | None = None  # prediction and log-SNR of the step before
     for j in range(teacher_steps):
         # The coefficients are differences of nearly equal numbers: (B,) of them, in float64.
         logsnr, next_logsnr = (logsnr_on_grid(schedule, (i - j - k).double(), fine) for k in (0, 1))
-        x_hat = teacher(z, ((i - j).double() / fine).to(t.dtype), condition)
+        predicted = x_hat = teacher(z, ((i - j).double() / fine).to(t.dtype), condition)
+        if order == 2 and before is not None:
+            x_hat = extrapolated(predicted, before[0], (before[1], logsnr, next_logsnr))
+        if variance is not None:
+            v = variance(predicted, logsnr)
+            x_hat = with_variance(predicted, z, (logsnr, next_logsnr), v, schedule.alpha_sigma)
+        before = predicted, logsnr
         alpha, sigma = schedule.alpha_sigma(logsnr)
         next_alpha, next_sigma = schedule.alpha_sigma(next_logsnr)
         r = next_sigma / sigma
@@ -44,6 +64,17 @@ def distillation_target(
         if j < teacher_steps - 1:
             z = ddim_step(z, x_hat, logsnr, next_logsnr, schedule.alpha_sigma)
     return weighted_x / broadcast(weight, z_t)
+
+
+def extrapolated(x_hat: Tensor, x_before: Tensor, logsnrs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """x_hat + h / (2 h_before) (x_hat - x_before): the x of a second-order step, DPM-Solver++(2M) of Lu et al., 2022.
+
+    `logsnrs` (B,) are those of the step before, of now and of the step's end; h is half the log-SNR that a step gains.
+    Where either step is infinitely long, on from zero SNR or on to clean data, the result is x_hat.
+    """
+    start, now, end = logsnrs
+    ratio = ((end - now) / (2 * (now - start))).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return x_hat + broadcast(ratio, x_hat) * (x_hat - x_before)
 
 
 def consistency_target(
@@ -83,20 +114,46 @@ def x_of_two_steps(x_1: Tensor, x_2: Tensor, logsnr_t: Tensor, logsnr_m: Tensor,
 def with_variance(
     x_hat: Tensor, z_t: Tensor, logsnrs: tuple[Tensor, Tensor], variance: Tensor, alpha_sigma: AlphaSigma
 ) -> Tensor:
-    """The x whose DDIM step t -> s is aDDIM's (Heek et al., 2024, 2403.06807).
+    """The x whose DDIM step from z_t is aDDIM's (Heek et al., 2024, 2403.06807), which keeps the noise's norm right.
 
-    x_hat is a mean, and lacks the variance v (B,) of the pixels about it. aDDIM lengthens the noise to
-    F = sqrt(sigma_s^2 + d v g^2 / |eps_hat|^2), g = alpha_s - (sigma_s / sigma_t) alpha_t, so that
-    x = x_hat + (F - sigma_s) eps_hat / g. At s = 0 it is x_hat. Images (B, C, H, W) of d values; `logsnrs` of t and s.
+    x_hat (B, C, H, W) is a mean, and DDIM's z_s = alpha_s x_hat + sigma_s eps_hat lacks the variance v (B,) per pixel
+    that x has about it. aDDIM takes F = sqrt(sigma_s^2 + g^2 v d / |eps_hat|^2) for sigma_s, where
+    g = alpha_s - (sigma_s / sigma_t) alpha_t and d is the number of pixels; that is the DDIM step of
+    x_hat + (F - sigma_s) / g eps_hat. `logsnrs` (B,) are those of t and s. At s = 0 the result is x_hat.
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (alpha_sigma(logsnr) for logsnr in logsnrs)
-    eps_hat = (z_t - broadcast(alpha_t, z_t) * x_hat) / broadcast(sigma_t, z_t)
-    g = alpha_s - sigma_s / sigma_t * alpha_t
-    added = g * variance / eps_hat.double().square().mean((1, 2, 3)).clamp(min=1e-12)
-    share = added / ((sigma_s**2 + g * added).sqrt() + sigma_s)  # (F - sigma_s) / g, without a difference
-    return x_hat + broadcast(torch.where(sigma_s > 0, share, 0), z_t) * eps_hat
+    (alpha, sigma), (next_alpha, next_sigma) = (alpha_sigma(logsnr) for logsnr in logsnrs)
+    g = next_alpha - next_sigma / sigma * alpha
+    eps_hat = (z_t - broadcast(alpha, z_t) * x_hat) / broadcast(sigma, z_t)
+    added = g * variance.double() / eps_hat.double().square().mean(dim=(1, 2, 3)).clamp(min=1e-12)
+    # (F - sigma_s) / g without the difference of nearly equal numbers
+    share = added / ((next_sigma**2 + g * added).sqrt() + next_sigma)
+    return x_hat + broadcast(torch.where(next_sigma > 0, share, 0), z_t) * eps_hat
 
 
 def analytic_variance(x_hat: Tensor, logsnr: Tensor) -> Tensor:
-    """0.1 / (2 + SNR), of images in [-1, 1] (2403.06807); (B,)."""
+    """0.1 / (2 + SNR), (B,): a constant of images in [-1, 1] (2403.06807)."""
     return 0.1 / (2 + logsnr.exp())
+
+
+def measured_variance(x: Tensor) -> Variance:
+    """0.75 times the mean squared error to x (B, C, H, W), the images that the noise was added to (2403.06807)."""
+    return lambda x_hat, logsnr: 0.75 * (x_hat - x).square().mean(dim=(1, 2, 3))
+
+
+def variance_of(addim: bool | str, x: Tensor) -> Variance | None:
+    """What a method's key `addim` asks for, at images x (B, C, H, W): true is `analytic_variance`, false None."""
+    if not addim:
+        return None
+    return measured_variance(x) if addim == "measured" else analytic_variance
+
+
+def check_teacher_steps(teacher_order: object, addim: object) -> None:
+    """Raises UserError unless these values of a method's keys are known, and not two kinds of steps at once."""
+    if isinstance(teacher_order, bool) or teacher_order not in (1, 2):
+        raise UserError(f"method.teacher_order={teacher_order} must be 1, for DDIM, or 2, for DPM-Solver++(2M)")
+    if not isinstance(addim, bool) and addim != "measured":
+        raise UserError(f"method.addim={addim} must be false, true or measured")
+    if addim and teacher_order == 2:
+        raise UserError(
+            f"method.teacher_order=2 and method.addim={addim} correct the same error of the teacher's steps: give one"
+        )

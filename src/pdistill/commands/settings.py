@@ -107,6 +107,11 @@ class Distill(Train):
         for key in ("teacher_revision", "teacher_null_label"):
             if getattr(self, key) is not None and self.teacher is None:
                 raise UserError(f"{key}={getattr(self, key)} is of a teacher: give teacher=<a diffusers model>")
+        if self.metrics.extractor is None and len(self.distillation.ema_decays or []) > 1:
+            raise UserError(
+                f"distillation.ema_decays={self.distillation.ema_decays} chooses the best by the metric, and "
+                f"metrics=none measures nothing: give metrics=classifier or another, or one decay"
+            )
         if self.teacher_null_label is not None:
             whole("teacher_null_label", self.teacher_null_label, 1)
 

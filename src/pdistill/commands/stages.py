@@ -265,6 +265,7 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
     if is_main():
         row |= {**facts, "denoiser": f"{name}/denoiser"}
         row |= dict(read_json(directory / "cost.json", {}))  # type: ignore[call-overload]  # absent for a given teacher
+        row |= dict(read_json(directory / "ema.json", {}))  # type: ignore[call-overload]  # of several, the best
         save_grid(torch.stack(grid), directory / "samples.png")
         if job.settings.samples_every_n_updates and facts["updates"]:
             save_grid(torch.stack(grid[:FRAME_IMAGES]), film_of(directory, facts["updates"]), nrow=1)

@@ -1,25 +1,47 @@
 """Progressive distillation as in the paper (Salimans & Ho, 2022, Section 3, Algorithm 2)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError
 from pdistill.heads import first_heads
 from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition
 from pdistill.steps import Stage, stages
-from pdistill.target import distillation_target
+from pdistill.target import check_teacher_steps, distillation_target, variance_of
 from pdistill.weighting import weighted_loss
 
 if TYPE_CHECKING:
     from pdistill.training.settings import Steps
 
 
+@dataclass(frozen=True)
 class Halving:
-    """A student step learns to land where `teacher_steps` DDIM steps of its teacher do: two, in the paper's plans."""
+    """A student step learns to land where `teacher_steps` DDIM steps of its teacher do: two, in the paper's plans.
+
+    A teacher that was trained in continuous time may take better steps: of second order, `teacher_order=2`, or aDDIM's,
+    with `addim`, whose variance is a formula's (true) or measured on the images ("measured"): see `pdistill.target`.
+    Stages that a student teaches keep to DDIM, which is what it was taught. Raises UserError for both at once.
+    """
+
+    teacher_order: int = 1
+    addim: bool | str = False
+
+    def __post_init__(self) -> None:
+        check_teacher_steps(self.teacher_order, self.addim)
+
+    def check(self, teacher: Denoiser) -> None:
+        """Raises UserError for better steps of a first teacher that was taught DDIM's: no stage would take them."""
+        if teacher.num_steps is not None and (self.teacher_order == 2 or self.addim):
+            raise UserError(
+                f"method.teacher_order=2 and method.addim are for a teacher that knows every time, and this one was "
+                f"distilled for {teacher.num_steps} steps: leave them out, or give the teacher it was distilled from"
+            )
 
     def stages(self, steps: "Steps", max_teacher_steps: int = 2) -> list[Stage]:
         """One student for each entry of the plan after the first. Raises UserError: see `steps.stages`."""
@@ -45,5 +67,10 @@ class Halving:
         alpha, sigma = student.schedule.alpha_sigma(logsnr)
         z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
         with torch.inference_mode():
-            x_target = distillation_target(teacher, z_t, t, stage.num_steps, condition, stage.teacher_steps)
+            arguments = (teacher, z_t, t, stage.num_steps, condition, stage.teacher_steps)
+            if teacher.num_steps is None:
+                variance = variance_of(self.addim, x)
+                x_target = distillation_target(*arguments, order=self.teacher_order, variance=variance)
+            else:
+                x_target = distillation_target(*arguments)
         return weighted_loss(weighting, student(z_t, t, condition), x_target, logsnr), logsnr

@@ -8,17 +8,18 @@ from torch import Tensor, nn
 from pdistill.denoiser import Denoiser
 from pdistill.method import BeforeUpdate, Begins, Method
 from pdistill.method.halving import Halving
-from pdistill.optimizer import linear_to_zero
+from pdistill.optimizer import annealing
 from pdistill.steps import Stage
 from pdistill.training.module import DenoisingModule, Recipe
+from pdistill.weighting import with_loss
 
 
 class DistillationModule(DenoisingModule):
     """A student of `stage.num_steps` that learns from the frozen `teacher` what `method` asks of it.
 
-    The student starts as a copy of `start`, by default of the teacher, with the recipe's dropout; the learning rate
-    falls linearly to 0 over `stage.updates`. The teacher is in eval mode, gets no gradients and is not in the
-    checkpoint. The stage has its own copy of the method.
+    The student starts as a copy of `start`, by default of the teacher, with the recipe's dropout; how the learning rate
+    falls over `stage.updates`, and the distance in the loss, are as the recipe's settings say. The teacher is in eval
+    mode, gets no gradients and is not in the checkpoint. The stage has its own copy of the method.
     """
 
     def __init__(
@@ -35,7 +36,9 @@ class DistillationModule(DenoisingModule):
             student = method.begin(student, stage)
         student.num_steps = None if stage.continuous else stage.num_steps
         student.lineage = [*student.lineage, stage.name if stage.continuous or stage.counts else stage.num_steps]
-        super().__init__(student, recipe, stage.index, linear_to_zero(stage.updates))
+        settings = recipe.settings
+        super().__init__(student, recipe, stage.index, annealing(settings, stage.updates), stage.updates)
+        self.weighting = with_loss(recipe.weighting, settings.loss, settings.huber_c)
         self.teacher = teacher.requires_grad_(False).eval()
         self.stage = stage
         self.method = copy.deepcopy(method)
@@ -70,7 +73,7 @@ class DistillationModule(DenoisingModule):
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(B,) losses and (B,) logsnr of a batch, as the method says."""
         condition = self.condition_of(batch)
-        arguments = (self.student, self.teacher, self.stage, self.recipe.weighting, batch["image"], condition)
+        arguments = (self.student, self.teacher, self.stage, self.weighting, batch["image"], condition)
         return self.method.losses(*arguments)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ class FitSettings:
     """How a stage is run; what it trains is in its modules."""
 
     directory: Path
-    """Of the stage. It gets film/, last.ckpt and previous.ckpt while it trains, then cost.json and, last, denoiser/."""
+    """Of the stage. It gets film/, last.ckpt and previous.ckpt while it trains, then cost.json, ema.json if there were
+    several EMAs, and, last, denoiser/."""
     prefix: str
     """Of the stage's scalars, and the name of its bar: "teacher", "steps_0016"."""
     updates: int
@@ -50,7 +51,7 @@ class FitSettings:
     callbacks: Sequence[Callback] = ()
     """Further callbacks, made again for each stage: what one remembers of a stage must not depend on a restart."""
     metric: Measure | None = None
-    """Measured while the stage trains, for example a `metrics.fid.FID`."""
+    """Measured while the stage trains, and chooses among several EMAs, for example a `metrics.fid.FID`."""
     measure_every_n_updates: int | None = None
     """Updates between two measurements; None for none."""
     draw: Callable[[Denoiser, Path], None] | None = None
@@ -72,6 +73,7 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
     losses that are not finite and checkpoints that are damaged; Interrupted where a signal stopped it and the
     checkpoint is written.
     """
+    check_choice(len(module.decays), settings.metric is not None)
     directory = settings.directory
     path = directory / checkpoint.LAST
     log, cost = TrainingLog(settings.prefix, data.batch_size), Cost(data.batch_size)
@@ -95,11 +97,45 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
             checkpoint.remove_partial(directory)
         resumes = checkpoint.there_is_one(directory)
         trainer.fit(module, data, ckpt_path=str(path) if resumes else None, weights_only=True)
+    choice = choose_ema(module, settings, trainer.strategy.root_device) if len(module.emas) > 1 else None
     if processes.is_main():
+        if choice is not None:
+            write_json(directory / "ema.json", choice)
         write_json(directory / "cost.json", cost.spent | {"training_images": settings.updates * data.batch_size})
         module.result.save(directory / "denoiser", grid=settings.num_steps)
         checkpoint.WholeCheckpoints().remove_checkpoint(path)
     processes.barrier()
+
+
+def check_choice(emas: int, measures: bool) -> None:
+    """Raises UserError where there are several EMAs to choose from, and no metric to choose by."""
+    if emas > 1 and not measures:
+        raise UserError(
+            "distillation.ema_decays chooses the best of several by the metric, and metrics=none measures nothing: "
+            "choose metrics, or give one decay"
+        )
+
+
+def choose_ema(module: DenoisingModule, settings: FitSettings, device: Any) -> dict[str, Any]:
+    """Makes the best of several EMAs the module's result; equal ones: the first. Says so, and returns the metrics.
+
+    Each is measured at `settings.num_steps`, with the samples that the finished stage is measured with. All processes
+    call it and choose alike.
+    """
+    metric = settings.metric
+    assert metric is not None  # `check_choice`
+    values = []
+    for ema in module.emas:
+        values.append(metric.measure(ema.to(device).eval(), settings.num_steps, device))
+        ema.cpu()  # where the trainer has left the module
+    values = processes.of_main(values)
+    module.chosen = min(range(len(values)), key=values.__getitem__)
+    decay = module.decays[module.chosen]
+    candidates = [{"ema_decay": d, metric.name: v} for d, v in zip(module.decays, values, strict=True)]
+    if processes.is_main():
+        listed = ", ".join(f"{d:g}: {v:.4g}" for d, v in zip(module.decays, values, strict=True))
+        print(f"{settings.prefix}: the EMA of decay {decay:g} is kept ({metric.name} by decay: {listed})")
+    return {"ema_decay": decay, "ema_candidates": candidates}
 
 
 def make_trainer(settings: FitSettings, **options: Any) -> Trainer:

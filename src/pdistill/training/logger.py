@@ -161,7 +161,7 @@ def log_summary(loggers: Sequence[Logger], rows: Sequence[Mapping[str, Any]], co
             import wandb
 
             with _telling(logger):
-                columns: list[Any] = [k for k in rows[-1] if k != "provenance"]
+                columns: list[Any] = [k for k, v in rows[-1].items() if not isinstance(v, dict | list)]
                 table = wandb.Table(columns=columns, data=[[row.get(k) for k in columns] for row in rows])
                 logger.experiment.log({"summary": table, "comparison": wandb.Image(str(comparison))})
                 logger.experiment.summary.update({"provenance": rows[0].get("provenance", {})})

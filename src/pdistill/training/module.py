@@ -2,13 +2,14 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pdistill.denoiser import Denoiser
@@ -27,9 +28,9 @@ class Recipe:
     """How weights are trained, whatever is trained."""
 
     settings: Optimization
-    """Learning rate, decay, clipping, EMA and dropout."""
+    """Learning rate, decay, clipping, EMAs, dropout and a student's loss."""
     weighting: Callable[[Tensor], Tensor]
-    """Of the squared error in x, as a function of logsnr."""
+    """Of the squared error in x, or a student's loss, as a function of logsnr."""
     optimizer: Callable[..., torch.optim.Optimizer] = adamw
     """`optimizer(parameters, settings)`; its state goes into checkpoints."""
     seed: int = 0
@@ -39,34 +40,40 @@ class Recipe:
 
 
 class DenoisingModule(LightningModule):
-    """Trains `denoiser` by `recipe` on the loss that a subclass defines, with gradient clipping and an optional EMA.
+    """Trains `denoiser` by `recipe` on the loss that a subclass defines, with gradient clipping and optional EMAs.
 
     A subclass gives `losses(batch) -> (losses (B,), logsnr (B,))`. All of a step's randomness comes from torch's global
     generator, seeded by ("training", seed, stage, step, rank), dropout included. A batch is a dict of `image`
     (B, C, H, W) in [-1, 1], `step`, and `label` (B,) or `condition`. `lr_factor` maps the updates done to a factor on
-    the learning rate.
+    the learning rate; `updates`, of the whole training, is what automatic decays of EMAs follow from.
     """
 
-    def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor) -> None:
+    def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor, updates: int) -> None:
         super().__init__()
         self.denoiser = denoiser.requires_grad_(True).train()
         self.recipe = recipe
         self.stage_index = stage
         self.lr_factor = lr_factor
         self.gradient_norm: Tensor | None = None
-        self.ema = None
         set_dropout(denoiser.network, recipe.settings.dropout)
-        if recipe.settings.ema_decay is not None:
-            self.ema = copy.deepcopy(denoiser).requires_grad_(False)
-            self.average = get_ema_multi_avg_fn(recipe.settings.ema_decay)
+        self.decays = recipe.settings.decays(updates)
+        copies = [copy.deepcopy(denoiser).requires_grad_(False) for _ in self.decays]
+        self.ema = copies[0] if copies else None
+        self.further_emas = nn.ModuleList(copies[1:])
+        self.chosen = 0  # of several, whose metrics are known at the end: see `fit`
 
     @abstractmethod
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]: ...
 
     @property
     def result(self) -> Denoiser:
-        """The denoiser that the training is for: the EMA where there is one."""
-        return self.denoiser if self.ema is None else self.ema
+        """The denoiser that the training is for: the EMA where there is one; of several the first, then the chosen."""
+        return self.emas[self.chosen] if self.emas else self.denoiser
+
+    @property
+    def emas(self) -> list[Denoiser]:
+        """One for each of `decays`."""
+        return [] if self.ema is None else [self.ema, *cast("Iterable[Denoiser]", self.further_emas)]
 
     def condition_of(self, batch: dict[str, Any]) -> Condition:
         """The batch's `condition` (labels, or a dict of tensors), else its `label` if the network takes one, else None.
@@ -93,8 +100,9 @@ class DenoisingModule(LightningModule):
         return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": logsnr.detach()}
 
     def on_fit_start(self) -> None:
-        if self.ema is not None:  # listed once: walking the modules takes a millisecond
-            self.averaged = tuple(self.ema.parameters()), tuple(self.denoiser.parameters())
+        weights = tuple(self.denoiser.parameters())  # listed once: walking the modules takes a millisecond
+        pairs = zip(self.decays, self.emas, strict=True)
+        self.averages = [partial(get_ema_multi_avg_fn(d), tuple(ema.parameters()), weights, None) for d, ema in pairs]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.recipe.optimizer(self.denoiser.parameters(), self.recipe.settings)
@@ -123,5 +131,5 @@ class DenoisingModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Not in on_train_batch_end: callbacks, and with them checkpoints, come before that hook of the module.
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.average(*self.averaged, None)
+        for average in self.averages:
+            average()

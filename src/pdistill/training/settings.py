@@ -1,10 +1,15 @@
 """Settings of training and distillation, checked when they are made; no torch, so that composing stays quick."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdistill.checks import number, whole
 from pdistill.errors import UserError
+
+SCHEDULES = ("linear", "constant")  # of the learning rate in a stage: `pdistill.optimizer.annealing`
+LOSSES = ("squared", "l2", "pseudo_huber")  # `pdistill.weighting.DISTANCES`
 
 
 @dataclass
@@ -19,20 +24,37 @@ class Optimization:
     """Of the optimizer, decoupled (AdamW)."""
     gradient_clip: float | None = 1.0
     """Largest norm of an update's gradient; null for none."""
-    ema_decay: float | None = None
-    """Decay of the exponential moving average of the weights, which is then the result; null for none."""
+    ema_decay: Any = None
+    """Decay of the exponential moving average of the weights, which is then the result; auto: 0.001^(1/updates); null
+    for none."""
     dropout: float = 0.0
     """Probability of every dropout layer of the network."""
 
     section = "training"
+    learning_rate_schedule = "linear"  # these four are settings of students, below
+    final_decay = 0.3
+    loss = "squared"
+    huber_c = None
 
     def __post_init__(self) -> None:
         whole(f"{self.section}.batch_size", self.batch_size, 1)
         number(f"{self.section}.learning_rate", self.learning_rate)
         number(f"{self.section}.weight_decay", self.weight_decay)
         number(f"{self.section}.gradient_clip", self.gradient_clip, null=True)
-        number(f"{self.section}.ema_decay", self.ema_decay, 1, null=True)
+        if self.ema_decay is not None:
+            _check_decay(f"{self.section}.ema_decay", self.ema_decay)
         number(f"{self.section}.dropout", self.dropout, 1)
+
+    def decays(self, updates: int) -> list[float]:
+        """Of the EMAs of a training of so many updates; none: an empty list.
+
+        The rule, decay^updates = 0.001, is that of Berthelot et al., 2023 (TRACT, 2303.04248): of the weights that the
+        training started from, a thousandth is left.
+        """
+        return [0.001 ** (1 / updates) if decay == "auto" else decay for decay in self._given_decays()]
+
+    def _given_decays(self) -> list[Any]:
+        return [] if self.ema_decay is None else [self.ema_decay]
 
 
 @dataclass
@@ -43,7 +65,7 @@ class Training(Optimization):
     """Updates of the weights."""
     warmup_updates: int = 100
     """Updates over which the learning rate rises linearly; afterwards it is constant."""
-    ema_decay: float | None = 0.995
+    ema_decay: Any = 0.995
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +78,19 @@ class Distillation(Optimization):
     """Of every stage; the updates per stage are in the steps group."""
 
     learning_rate: float = 3e-4
-    """Annealed linearly to 0 within each stage."""
+    """Annealed to 0 within each stage."""
+    learning_rate_schedule: str = "linear"
+    """linear: falls from the first update to the last, as in the paper; constant: falls at the end alone."""
+    final_decay: float = 0.3
+    """With learning_rate_schedule=constant: the share of a stage's updates, its last, over which the rate falls to
+    0; 0: it stays."""
+    loss: str = "squared"
+    """Distance to the target that the weighting weighs: squared (mean squared error), l2 (norm, not squared) or
+    pseudo_huber."""
+    huber_c: float | None = None
+    """Of loss=pseudo_huber, sqrt(|d|^2 + c^2) - c; null: 0.00054 times the root of an image's pixels."""
+    ema_decays: Any = None
+    """Several EMAs at once instead of ema_decay, e.g. [0.99,auto]: the best by the metric is a stage's result."""
     max_teacher_steps: int = 2
     """4 or 8: a stage learns from an earlier one where its steps are at most so many to one."""
 
@@ -65,6 +99,28 @@ class Distillation(Optimization):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("distillation.max_teacher_steps", self.max_teacher_steps, 1)
+        _one_of("distillation.learning_rate_schedule", self.learning_rate_schedule, SCHEDULES)
+        _one_of("distillation.loss", self.loss, LOSSES)
+        if isinstance(self.final_decay, bool) or not 0 <= self.final_decay <= 1:
+            raise UserError(f"distillation.final_decay={self.final_decay} must be a share of the updates, 0 to 1")
+        if self.huber_c is not None and (self.loss != "pseudo_huber" or not 0 < self.huber_c < math.inf):
+            raise UserError(
+                f"distillation.huber_c={self.huber_c} must be a number above 0, with distillation.loss=pseudo_huber"
+            )
+        if self.ema_decays is not None:
+            self._check_decays()
+
+    def _check_decays(self) -> None:
+        key, given = "distillation.ema_decays", self.ema_decays
+        if not isinstance(given, list) or not given or len(set(map(str, given))) < len(given):
+            raise UserError(f"{key}={given} must be a list of different decays, e.g. {key}=[0.99,auto]")
+        for decay in given:
+            _check_decay(key, decay)
+        if self.ema_decay is not None:
+            raise UserError(f"distillation.ema_decay={self.ema_decay} and {key}={given}: give one of them")
+
+    def _given_decays(self) -> list[Any]:
+        return super()._given_decays() if self.ema_decays is None else list(self.ema_decays)
 
 
 @dataclass
@@ -105,3 +161,14 @@ class Steps:
             )
         whole("steps.updates", self.updates, 1)
         whole("steps.updates_last_two", self.updates_last_two, 1)
+
+
+def _one_of(key: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{key}={value} must be one of {', '.join(known)}")
+
+
+def _check_decay(key: str, value: object) -> None:
+    """Raises UserError unless an EMA follows from the value."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1):
+        raise UserError(f"{key}={value} must be a number in [0, 1), or auto, which is 0.001^(1/updates), or null")

@@ -22,7 +22,8 @@ class TeacherModule(DenoisingModule):
     """
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe) -> None:
-        super().__init__(denoiser, recipe, stage=0, lr_factor=warm_up(getattr(recipe.settings, "warmup_updates", 0)))
+        warmup, updates = (getattr(recipe.settings, key, 0) for key in ("warmup_updates", "updates"))
+        super().__init__(denoiser, recipe, stage=0, lr_factor=warm_up(warmup), updates=updates)
 
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(B,) losses and (B,) logsnr of a batch."""
