@@ -260,5 +260,5 @@ def test_bad_input(told, tmp_path, tiny, smoke):
     with pytest.raises(UserError, match="must divide"):
         ParallelDecoding().stages(Steps([8, 8, 1]))
     again = copy.deepcopy(student)
-    with pytest.raises(UserError, match="start the plan at 8"):
+    with pytest.raises(UserError, match=r"start steps\.plan at 8"):
         grown(again, 16, (4,))

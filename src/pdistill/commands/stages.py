@@ -91,12 +91,15 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     method = instantiate(settings.method)
     plan = method.stages(settings.steps, settings.distillation.max_teacher_steps)
     given = given_teacher(settings)
+    check = getattr(method, "check", lambda teacher: None)
+    if given is not None:
+        check(given)
     _check(settings, [settings.conversion if given else settings.training, settings.distillation])
     data = images_of(settings, given, _trainer(settings).strategy.root_device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
-    if check := getattr(method, "check", None):
-        check(given or template)
+    if given is None:
+        check(template)
     converts = given is not None and given.architecture != template.architecture
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
