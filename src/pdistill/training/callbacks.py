@@ -178,6 +178,11 @@ class Cost(Callback):
         """Counts no others."""
         self.passes.on = False
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves no hooks on networks that somebody may go on with, and copy."""
+        if hasattr(self, "passes"):
+            self.passes.close()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds up."""
         self.spent = self.state_dict()
