@@ -188,11 +188,6 @@ class Cost(Callback):
         self.spent = self.state_dict()
         self.passes.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves no hooks on the networks."""
-        if hasattr(self, "passes"):
-            self.passes.close()
-
     def state_dict(self) -> dict[str, float | None]:
         """What was spent until now, by all processes, which must call this at once."""
         meter = joules(self.device)
