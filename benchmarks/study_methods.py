@@ -50,7 +50,7 @@ from pdistill.processes import device_of
 from pdistill.report.tables import markdown, mean_and_spread, words
 from pdistill.sampling import Draw, generate
 from pdistill.steps import Stage
-from pdistill.training.callbacks import PassCount
+from pdistill.training.cost import PassCount
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.module import Recipe
 

@@ -72,7 +72,7 @@ def test_a_finished_run_as_the_hub_and_diffusers_read_it(smoke, here, workplace,
     assert written == files | {"README.md", "comparison.png", "samples.png"}
 
     card = ModelCard.load(folder / "README.md")
-    assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
+    assert card.data["license"] == "apache-2.0" and card.data["library_name"] == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert not {"base_model", "datasets"} & card.data.to_dict().keys()
     found = {(r.metric_type, r.metric_args["num_samples"]): r for r in card.data.eval_results}
@@ -151,7 +151,7 @@ def test_the_cards_lines_run_without_a_pipeline_and_with_one_in_the_folder(run_o
     index.unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", str)
     push.main([str(directory), ID, "--local", "plain"])
-    assert ModelCard.load(here / "plain" / "README.md").data.library_name == "pdistill"
+    assert ModelCard.load(here / "plain" / "README.md").data["library_name"] == "pdistill"
     names: dict[str, Any] = {}
     exec(code_of(here / "plain"), names)
     assert names["images"].shape == (16, 1, 8, 8) and names["denoiser"].num_steps == 2

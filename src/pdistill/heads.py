@@ -123,23 +123,20 @@ def ratios_of(schedule: Schedule, grid: int) -> list[float]:
 
 
 def grown(denoiser: Denoiser, grid: int, counts: Sequence[int], mean: Mean = "x") -> Denoiser:
-    """A copy with one head for each interval of `grid`, all of them its last layer.
+    """One head for each interval of `grid`, all of them the last layer; it shares all other weights.
 
     Raises UserError for a network whose last layer is not known, and for one with heads of another grid.
     """
-    student = copy.deepcopy(denoiser)
-    if isinstance(denoiser.parameterization, Heads):
-        if (own := len(denoiser.parameterization.ratios)) != grid:
+    before = denoiser.parameterization
+    layer = networks.last_layer(denoiser.network)
+    if isinstance(before, Heads):
+        if (own := len(before.ratios)) != grid:
             raise UserError(f"a student of {own} heads has no grid of {grid}: start steps.plan at {own}")
-        student.parameterization = replace(denoiser.parameterization, counts=tuple(counts), mean=mean)
-        return student
-    of: Any = {"name": registry.name_of("parameterization", type(denoiser.parameterization))}
-    of |= registry.state_of(denoiser.parameterization)
-    of = of["name"] if len(of) == 1 else of
-    student.parameterization = Heads(of, ratios_of(denoiser.schedule, grid), tuple(counts), mean)
-    repeated = [v.repeat(grid, *[1] * (v.ndim - 1)) for v in networks.last_layer(denoiser.network)]
-    student.network = networks.with_last_layer(student.network, *repeated)
-    return student
+        return _with(denoiser, replace(before, counts=tuple(counts), mean=mean), *layer)
+    name, arguments = registry.name_of("parameterization", type(before)), registry.state_of(before)
+    of: Any = {"name": name, **arguments} if arguments else name
+    heads = Heads(of, ratios_of(denoiser.schedule, grid), tuple(counts), mean)
+    return _with(denoiser, heads, *(v.repeat(grid, *[1] * (v.ndim - 1)) for v in layer))
 
 
 def fused(denoiser: Denoiser, num_steps: int) -> Denoiser:
@@ -175,10 +172,16 @@ def _combined(denoiser: Denoiser, weights: Tensor) -> Denoiser:
             .to(v.dtype)
             for v in networks.last_layer(denoiser.network)
         ]
-    student = copy.copy(denoiser)
-    student._modules = dict(denoiser._modules)
-    student.network = networks.with_last_layer(denoiser.network, *values)
     ratios = heads.ratios[:: len(heads.ratios) // num_steps]
-    student.parameterization = heads.inner if num_steps == 1 else Heads(heads.of, ratios)
+    student = _with(denoiser, heads.inner if num_steps == 1 else Heads(heads.of, ratios), *values)
     student.num_steps = num_steps
     return student
+
+
+def _with(denoiser: Denoiser, parameterization: Parameterization, weight: Tensor, bias: Tensor) -> Denoiser:
+    """The denoiser with another last layer, and what that means; it shares all other weights."""
+    other = copy.copy(denoiser)
+    other._modules = dict(denoiser._modules)
+    other.network = networks.with_last_layer(denoiser.network, weight, bias)
+    other.parameterization = parameterization
+    return other

@@ -20,6 +20,12 @@ Denoise = Callable[[Tensor, Tensor], Tensor]  # (z, t (B,)) -> x_hat, clipped an
 Callback = Callable[[int, Tensor, Tensor], None]  # (i, z, x_hat) at t = i / num_steps
 
 
+def noised(x: Tensor, logsnr: Tensor, alpha_sigma: AlphaSigma = variance_preserving) -> Tensor:
+    """z_t = alpha x + sigma eps, with noise from torch's global generator. Images (B, C, H, W), logsnr (B,)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+
+
 def ddim_step(
     z_t: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, alpha_sigma: AlphaSigma = variance_preserving
 ) -> Tensor:

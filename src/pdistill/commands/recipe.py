@@ -62,7 +62,7 @@ def _configs(teacher: str, revision: str | None) -> tuple[dict[str, Any], dict[s
     """The JSON of the network and of the scheduler; empty where it cannot be read."""
     folder = Path(teacher).expanduser()
     if not folder.is_dir() and not folder.parent.is_dir() and re.fullmatch(HUB_ID, teacher):
-        from pdistill.interop.teachers import fetched
+        from pdistill.interop.hub import fetched
 
         folder = fetched(teacher, revision)
     found = []

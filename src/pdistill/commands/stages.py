@@ -36,9 +36,9 @@ from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, Stage
-from pdistill.training.callbacks import film_of
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
+from pdistill.training.film import film_of
 from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
 from pdistill.training.logger import closing, log_stage, log_summary, metric_prefix
 from pdistill.training.module import DenoisingModule, Recipe

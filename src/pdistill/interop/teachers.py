@@ -7,20 +7,18 @@ unpickled but by torch's weights_only loading, and no remote code runs. docs/tea
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import huggingface_hub
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 
 from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
+from pdistill.interop.hub import LAYOUT, WEIGHTS, fetch_weights, fetched
 from pdistill.parameterization import Eps, Flow, Parameterization, V, X
 from pdistill.schedule import BetaSchedule, FlowSchedule, Schedule
 
@@ -29,11 +27,7 @@ SUPPORTED = (
     "a UNet2DModel of pixels (unconditional or with class labels) with a scheduler of betas (DDPM, DDIM, PNDM, "
     "DPM-Solver, UniPC, DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler"
 )
-LAYOUT = "model_index.json, unet/config.json with its .safetensors and scheduler/scheduler_config.json"
 PICKLES = (".pkl", ".pickle", ".ckpt", ".pt", ".pth")
-WEIGHTS = "diffusion_pytorch_model"
-# What is fetched until there are weights: safetensors rather than pickles, full rather than half precision.
-WEIGHT_FILES = [(f"{WEIGHTS}*.safetensors", "*.fp16*"), (f"{WEIGHTS}*.bin", "*.fp16*"), (f"{WEIGHTS}*.fp16*", None)]
 # Components of model_index.json that tell what kind of model it is, and what that kind is called.
 FOREIGN = {
     "text_encoder": "it is conditioned on text (text_encoder)",
@@ -81,7 +75,7 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     _refuse_network(name, config, null_label)
     schedule, parameterization = _schedule(name, scheduler, kept)
     if on_hub:
-        _fetch_weights(name, revision, unet.relative_to(folder))
+        fetch_weights(name, revision, unet.relative_to(folder))
     network = _network(name, unet, config)
     _drop_learned_variance(name, network, kept)
     lineage: list[str | int] = [f"diffusers:{name if on_hub else folder.resolve().name}"]
@@ -106,42 +100,6 @@ def _is_folder(name: str) -> bool:
             f"owner/name"
         )
     return False
-
-
-def fetched(
-    model: str, revision: str | None, allow: Sequence[str] = ("*.json", "*/*.json"), ignore: str | None = None
-) -> Path:
-    """The folder of a model on the hub, with the files of these patterns, from the cache where they are there.
-
-    Raises UserError where the hub is not reached or does not give it.
-    """
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=list(allow), ignore_patterns=ignore
-            )
-        )
-    except GatedRepoError as error:
-        raise UserError(f"{model} on the hub is gated: accept its terms on its page, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{model} is no folder here and no model on the hub that you may read: check the name, or, if it is "
-            f"private, `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{model} on the hub has no revision {revision}: give a branch, tag or commit of it") from error
-    except Exception as error:  # of the connection, the cache and the disk, of many kinds
-        raise UserError(
-            f"{model} is no folder here, and the hub does not give it ({type(error).__name__}: {first_line(error)}): "
-            f"go online, or give a folder that holds {LAYOUT}"
-        ) from error
-
-
-def _fetch_weights(model: str, revision: str | None, unet: Path) -> None:
-    for pattern, ignored in WEIGHT_FILES:
-        folder = fetched(model, revision, [str(unet / pattern)], ignored)
-        if any((folder / unet).glob(pattern)):
-            return
 
 
 def _component(folder: Path, name: str, component: str, config: str) -> Path:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pdistill.denoiser import Denoiser
-from pdistill.parameterization import broadcast
-from pdistill.sampling import Condition
+from pdistill.sampling import Condition, noised
 from pdistill.steps import Stage
 from pdistill.weighting import weighted_loss
 
@@ -43,8 +42,7 @@ class Conversion:
         """At t ~ U(0, 1]: the weighted squared error to the teacher's x_hat (B,), and logsnr (B,)."""
         t = 1 - torch.rand(len(x), device=x.device)  # never 0
         logsnr = student.schedule(t)
-        alpha, sigma = student.schedule.alpha_sigma(logsnr)
-        z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+        z_t = noised(x, logsnr, student.schedule.alpha_sigma)
         with torch.inference_mode():
             x_target = teacher(z_t, t, condition)
             x_target = x_target.clamp(-1, 1) if self.clip else x_target

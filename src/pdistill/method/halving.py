@@ -10,8 +10,7 @@ from torch import Tensor
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.heads import first_heads
-from pdistill.parameterization import broadcast
-from pdistill.sampling import Condition
+from pdistill.sampling import Condition, noised
 from pdistill.steps import Stage, stages
 from pdistill.target import check_teacher_steps, distillation_target, variance_of
 from pdistill.weighting import weighted_loss
@@ -64,8 +63,7 @@ class Halving:
         i = torch.randint(1, stage.num_steps + 1, (len(x),), device=x.device)
         t = i / stage.num_steps
         logsnr = student.schedule(t)
-        alpha, sigma = student.schedule.alpha_sigma(logsnr)
-        z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+        z_t = noised(x, logsnr, student.schedule.alpha_sigma)
         with torch.inference_mode():
             arguments = (teacher, z_t, t, stage.num_steps, condition, stage.teacher_steps)
             if teacher.num_steps is None:

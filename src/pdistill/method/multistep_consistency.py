@@ -10,8 +10,7 @@ from pdistill.checks import flag, number, whole
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.method import refuse_max_teacher_steps
-from pdistill.parameterization import broadcast
-from pdistill.sampling import Condition
+from pdistill.sampling import Condition, noised
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage, stages
 from pdistill.target import analytic_variance, consistency_target, with_variance
@@ -88,8 +87,7 @@ class MultistepConsistency:
         i = end + torch.randint(1, n + 1, (len(x),), device=x.device)
         t = (i.double() / fine).to(x.dtype)
         logsnr, logsnr_next = (logsnr_on_grid(schedule, k.double(), fine) for k in (i, i - 1))
-        alpha, sigma = schedule.alpha_sigma(logsnr)
-        z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+        z_t = noised(x, logsnr, schedule.alpha_sigma)
         with torch.inference_mode():
             x_hat = teacher(z_t, t, condition)
             if self.addim:

@@ -10,7 +10,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.heads import Mean, grown
 from pdistill.parameterization import broadcast
-from pdistill.sampling import Condition, ddim_step
+from pdistill.sampling import Condition, ddim_step, noised
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage
 from pdistill.weighting import weighted_loss
@@ -69,7 +69,7 @@ class ParallelDecoding:
         t, logsnr = self._time(student, start, grid)
         t_k, logsnr_k = self._time(student, k, grid)
         alpha, sigma = (broadcast(a, x) for a in student.schedule.alpha_sigma(logsnr))
-        z = alpha * x + sigma * torch.randn_like(x)
+        z = noised(x, logsnr, student.schedule.alpha_sigma)
         output = student.output(z, t, condition)
         x_k = heads.inner.to_x(heads.mix(output, heads.weights(k, k + 1)), z, alpha, sigma)
         with torch.inference_mode():

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from pdistill.checks import flag, number
 from pdistill.denoiser import Denoiser
 from pdistill.method import refuse_max_teacher_steps
-from pdistill.parameterization import broadcast
-from pdistill.sampling import Condition
+from pdistill.sampling import Condition, noised
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage, stages
 from pdistill.target import consistency_target
@@ -68,8 +67,7 @@ class Tract(nn.Module):
         i = end + torch.randint(1, group + 1, (len(x),), device=x.device)
         t = (i.double() / fine).to(x.dtype)
         logsnr = logsnr_on_grid(student.schedule, i.double(), fine).to(x.dtype)
-        alpha, sigma = student.schedule.alpha_sigma(logsnr)
-        z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+        z_t = noised(x, logsnr, student.schedule.alpha_sigma)
         with torch.inference_mode():
             x_hat = teacher(z_t, t, condition)
             x_hat = x_hat.clamp(-1, 1) if self.clip else x_hat

@@ -1,28 +1,20 @@
-"""Lightning callbacks: what is logged, when training is kept or stopped, metrics and pictures while it runs."""
+"""Lightning callbacks: what is logged, and when training is kept or stopped."""
 
-import contextlib
 import signal
 import time
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import nn
 
 from pdistill import processes
-from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted, UserError
-from pdistill.files import write_json
-from pdistill.training.logger import log_picture
 
 LOGSNR_EDGES = (-15.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0)  # eight bins over [-20, 20]
 SECONDS_TO_STOP = 5.0  # after which a signal to one of several processes is known to all
-FILM = "film"  # a stage's directory of what was seen while it trained, and the name of its frames in loggers
 
 
 def bin_name(k: int) -> str:
@@ -128,101 +120,6 @@ class TrainingLog(PerUpdate):
         self._reset(pl_module)
 
 
-class PassCount:
-    """Counts the images that the networks of a module's denoisers see: once each, thrice with gradients.
-
-    Going back costs about twice what going forth does.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.images, self.on = 0, True
-        self.trained = module.denoiser.network
-        networks = {part.network for part in module.modules() if isinstance(part, Denoiser)}
-        self.hooks = [network.register_forward_pre_hook(self._count) for network in networks]
-
-    def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self.on:
-            self.images += len(arguments[0]) * (3 if network is self.trained and torch.is_grad_enabled() else 1)
-
-    def close(self) -> None:
-        """Counts no more."""
-        for hook in self.hooks:
-            hook.remove()
-
-
-class Cost(Callback):
-    """What a stage takes, restarts included: seconds, network passes and, where NVIDIA's library tells, joules.
-
-    A network pass is the evaluation of one batch of `batch_size` images, whatever parts it was taken in; an update's
-    with gradients is three. What is drawn or measured between updates is not counted.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.spent: dict[str, float | None] = {"training_seconds": 0.0, "joules": 0.0, "network_passes": 0.0}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the clock and the meter."""
-        self.device, self.before = pl_module.device, self.spent
-        self.clock, self.meter = time.perf_counter(), joules(pl_module.device)
-        self.passes = PassCount(pl_module)
-        self.passes.on = False
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Counts the passes of a training step."""
-        self.passes.on = True
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts no others."""
-        self.passes.on = False
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves no hooks on networks that somebody may go on with, and copy."""
-        if hasattr(self, "passes"):
-            self.passes.close()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds up."""
-        self.spent = self.state_dict()
-        self.passes.close()
-
-    def state_dict(self) -> dict[str, float | None]:
-        """What was spent until now, by all processes, which must call this at once."""
-        meter = joules(self.device)
-        mine = None if meter is None or self.meter is None else meter - self.meter
-        measured, images = zip(*processes.gather((mine, self.passes.images)), strict=True)
-        return {
-            "training_seconds": (self.before["training_seconds"] or 0) + time.perf_counter() - self.clock,
-            "joules": _sum(self.before["joules"], *measured),
-            "network_passes": _sum(self.before["network_passes"], sum(images) / self.batch_size),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
-        """What was spent before; checkpoints of 0.2.0 do not know their passes."""
-        self.spent = {"network_passes": None} | state_dict
-
-
-def _sum(*values: float | None) -> float | None:
-    """None where a part is not known."""
-    return None if None in values else sum(filter(None, values))
-
-
-def joules(device: torch.device) -> float | None:
-    """What a GPU has used since its driver was loaded; None for other devices, and where NVIDIA's library is absent."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except Exception:  # a library, a driver or a device that does not tell
-        return None
-
-
 class ResumableCheckpoint(PerUpdate, Checkpoint):
     """Keeps `path` up to date: every `every_n_updates`, and when Ctrl-C or SIGTERM asks the training to stop.
 
@@ -287,99 +184,3 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         self.handlers = {}
-
-
-class Measure(Protocol):
-    """What `MetricWhileTraining` asks of a metric, for example of `metrics.fid.FID`."""
-
-    name: str
-
-    def measure(self, denoiser: Denoiser, num_steps: int, device: Any) -> float: ...
-
-
-def film_of(directory: Path, update: int, suffix: str = ".png") -> Path:
-    """Where a stage keeps its frame (.png) after so many updates, and what was measured then (.json)."""
-    return directory / FILM / f"{update:07d}{suffix}"
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Which training is looked at, and how often."""
-
-    directory: Path
-    """Of the stage."""
-    prefix: str
-    """Of the stage's scalars and pictures."""
-    every_n_updates: int
-
-
-class WhileTraining(PerUpdate):
-    """Looks at the module's `result` before the first update and after every `every_n_updates`; writes a file of it.
-
-    What is there already, of a run that was stopped, is not done again. The last update is left out: the finished stage
-    is drawn and measured anyway.
-    """
-
-    suffix: str
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at what the stage starts from, unless it is resumed."""
-        super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0:
-            self.on_update(trainer, pl_module, 0)
-
-    def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
-        file = film_of(self.watch.directory, update, self.suffix)
-        if update % self.watch.every_n_updates or update == trainer.max_steps or processes.of_main(file.exists()):
-            return
-        start, denoiser = time.perf_counter(), pl_module.result
-        training = denoiser.training
-        self.look(trainer, denoiser.eval(), update, file)
-        denoiser.train(training)
-        seconds = time.perf_counter() - start
-        for callback in trainer.callbacks:  # whose seconds are of training
-            if isinstance(callback, TrainingLog):
-                callback.since += seconds
-            elif isinstance(callback, Cost):
-                callback.clock += seconds
-
-    @abstractmethod
-    def look(self, trainer: Any, denoiser: Denoiser, update: int, file: Path) -> None:
-        """Writes `file`, whole or not at all. All processes call it; only the main one may write and log."""
-
-
-class MetricWhileTraining(WhileTraining):
-    """Measures at `num_steps`, and logs it as `prefix`/`metric.name`; all processes take part."""
-
-    suffix = ".json"
-
-    def __init__(self, watch: Watch, metric: Measure, num_steps: int) -> None:
-        super().__init__(watch)
-        self.metric = metric
-        self.num_steps = num_steps
-
-    def look(self, trainer: Any, denoiser: Denoiser, update: int, file: Path) -> None:
-        value = self.metric.measure(denoiser, self.num_steps, trainer.strategy.root_device)
-        if processes.is_main():
-            for logger in trainer.loggers:
-                logger.log_metrics({f"{self.watch.prefix}/{self.metric.name}": value}, step=update)
-            write_json(file, {self.metric.name: value})
-
-
-class Film(WhileTraining):
-    """Draws a frame by `draw(denoiser, file)`, and shows it to the loggers as `prefix`/film; the main process alone."""
-
-    suffix = ".png"
-
-    def __init__(self, watch: Watch, draw: Callable[[Denoiser, Path], None]) -> None:
-        super().__init__(watch)
-        self.draw = draw
-
-    def look(self, trainer: Any, denoiser: Denoiser, update: int, file: Path) -> None:
-        if processes.is_main():
-            with contextlib.suppress(UserError):  # samples that are not finite: the loss tells, and all processes
-                self.draw(denoiser, file)
-                log_picture(trainer.loggers, f"{self.watch.prefix}/{FILM}", file, step=update)

@@ -17,16 +17,10 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import write_json
 from pdistill.training import checkpoint
-from pdistill.training.callbacks import (
-    Cost,
-    Film,
-    Measure,
-    MetricWhileTraining,
-    ResumableCheckpoint,
-    TrainingLog,
-    Watch,
-)
+from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
+from pdistill.training.cost import Cost
 from pdistill.training.data import ImageDataModule
+from pdistill.training.film import Film, Measure, MetricWhileTraining, Watch
 from pdistill.training.module import DenoisingModule
 from pdistill.training.progress import ProgressBar
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdistill.denoiser import Denoiser
 from pdistill.optimizer import warm_up
-from pdistill.parameterization import broadcast
+from pdistill.sampling import noised
 from pdistill.training.module import DenoisingModule, Recipe, weighted_loss
 
 SMALLEST_TIME = 2**-24  # the spacing of torch.rand in float32: its largest number is 1 - 2^-24
@@ -32,7 +32,6 @@ class TeacherModule(DenoisingModule):
         t = schedule.training_time(u) if hasattr(schedule, "training_time") else u
         t = t.clamp(SMALLEST_TIME, 1 - SMALLEST_TIME)
         logsnr = schedule(t)
-        alpha, sigma = schedule.alpha_sigma(logsnr)
-        z_t = broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+        z_t = noised(x, logsnr, schedule.alpha_sigma)
         x_hat = self.denoiser(z_t, t, self.condition_of(batch))
         return weighted_loss(self.recipe.weighting, x_hat, x, logsnr), logsnr
