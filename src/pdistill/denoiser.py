@@ -1,8 +1,9 @@
 """The thing that flows: a network together with what its output means."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,37 @@ from pdistill.sampling import Condition
 from pdistill.schedule import Schedule
 
 
+class Codec(Protocol):
+    """What stands between a denoiser of latents, conditioned on text, and pixels and words.
+
+    It is no part of the denoiser's modules: not trained, averaged, nor kept in checkpoints.
+    """
+
+    prompts: Sequence[str]
+    """That the denoiser was distilled with; samples take them in turn where no others are given."""
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, c, h, w) -> images (B, C, H, W), about [-1, 1]."""
+        ...
+
+    def condition(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """What the network is given of B prompts: tensors (B, ...)."""
+        ...
+
+
 class Denoiser(nn.Module):
     """`denoiser(z, t, condition=None) -> x_hat`: images (B, C, H, W) at times t (B,) to denoised images.
 
     `condition` is None, labels (B,), or a dict of tensors whose first dimension is B. `num_steps` is the step count it
     was distilled for (None for a teacher); `lineage` lists the step counts of its ancestors, e.g. ["teacher", 16, 8].
     `null_label` is the label that stands for none, where the network was trained with label dropout: its last.
-    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel.
+    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `codec` belongs to a denoiser of
+    latents, whose condition is text. `adapters` are those that are merged into the weights: see `pdistill.lora`.
     """
 
     def __init__(
@@ -33,6 +58,7 @@ class Denoiser(nn.Module):
         null_label: int | None = None,
         *,
         image_shape: tuple[int, int, int] | None = None,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -41,6 +67,8 @@ class Denoiser(nn.Module):
         self.num_steps = num_steps
         self.lineage = lineage or ["teacher"]
         self.null_label = null_label
+        self.codec = codec
+        self.adapters: dict[str, Tensor] | None = None
         self._image_shape = image_shape
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
@@ -73,8 +101,23 @@ class Denoiser(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of what it denoises: images, or latents."""
         return self._image_shape or networks.image_shape_of(self.network)
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that are made of that."""
+        return self.image_shape if self.codec is None else self.codec.pixel_shape
+
+    @property
+    def clips(self) -> bool:
+        """Whether x_hat may be clamped to [-1, 1], as pixels are; latents have no such range."""
+        return self.codec is None
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether something stands for no condition: a null label, or the empty prompt."""
+        return self.null_label is not None or self.codec is not None
 
     @property
     def num_classes(self) -> int | None:
@@ -82,12 +125,18 @@ class Denoiser(nn.Module):
         return networks.num_class_embeds(self.network) if self.null_label is None else self.null_label
 
     def null_condition(self, condition: Condition) -> Condition:
-        """The condition that stands for none, of the same shape. Raises ValueError where there is none."""
+        """The condition that stands for none, of the same shape: the null label, or the empty prompt.
+
+        Raises ValueError where there is none.
+        """
+        if self.codec is not None and isinstance(condition, dict):
+            null = self.codec.condition([""], next(iter(condition.values())).device)
+            return condition | {k: v.to(condition[k].dtype).expand_as(condition[k]) for k, v in null.items()}
         label = condition.get("label") if isinstance(condition, dict) else condition
         if self.null_label is None or label is None:
             raise ValueError("this denoiser has no null label: it was trained without label_dropout")
-        null = torch.full_like(label, self.null_label)
-        return condition | {"label": null} if isinstance(condition, dict) else null
+        nulls = torch.full_like(label, self.null_label)
+        return condition | {"label": nulls} if isinstance(condition, dict) else nulls
 
     @property
     def architecture(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pdistill import registry
 from pdistill.errors import UserError
 from pdistill.sampling import Condition
+
+CONDITIONAL_UNET = "conditional_unet"  # what a directory calls a UNet2DConditionModel; its configuration is in unet/
 
 
 def unet(
@@ -141,9 +143,10 @@ def description(network: nn.Module) -> dict[str, Any]:
 
     Raises UserError for a network that is not registered, or whose arguments nobody knows.
     """
-    if isinstance(network, UNet2DModel):
+    if isinstance(network, UNet2DModel | UNet2DConditionModel):
         config = {k: v for k, v in network.config.items() if not k.startswith("_")}
-        return {"name": "unet", "arguments": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
+        name = "unet" if isinstance(network, UNet2DModel) else CONDITIONAL_UNET
+        return {"name": name, "arguments": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
     made = getattr(network, "built_with", {"name": registry.name_of("network", type(network)), "arguments": {}})
     cls = type(network).__qualname__
     if made["name"] is None:
@@ -171,8 +174,8 @@ def rebuild(made: Mapping[str, Any]) -> nn.Module:
 
 
 def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) of a UNet2DModel's images. Raises UserError for another network, which does not tell."""
-    if not isinstance(network, UNet2DModel):
+    """(C, H, W) of a diffusers UNet's images or latents. Raises UserError for another network, which does not tell."""
+    if not isinstance(network, UNet2DModel | UNet2DConditionModel):
         raise UserError(
             f"a {type(network).__name__} does not tell the shape of its images: "
             f"give Denoiser(..., image_shape=(C, H, W))"

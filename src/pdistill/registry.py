@@ -24,6 +24,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
             "flow": "FlowSchedule",
             "edm": "EdmSchedule",
             "betas": "BetaSchedule",
+            "discrete_betas": "DiscreteBetaSchedule",
         }.items()
     },
     "weighting": {

@@ -126,7 +126,7 @@ def sample(
     """Images (B, C, H, W) from unit noise of that shape in `num_steps` evaluations, t = 1, 1 - 1/N, ..., 1/N.
 
     `sampler` is a name that `samplers()` lists: ddim, ancestral, one of diffusers' solvers, or a registered one. The
-    last step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does. The ancestral sampler takes its
+    last step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does; latents never are. The ancestral sampler takes its
     noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or `step_noise(i)`; by default it
     is drawn from torch's global generator. `callback(i, z, x_hat)` sees every step.
 
@@ -145,6 +145,8 @@ def sample(
     num_classes = getattr(denoiser, "num_classes", None)
     if condition is None and num_classes is not None:
         raise ValueError(f"this denoiser is class-conditional: give it labels (B,) of 0 to {num_classes - 1}")
+    if condition is None and getattr(denoiser, "codec", None) is not None:
+        raise ValueError("this denoiser is conditioned on text: give it denoiser.codec.condition([<a prompt>, ...])")
     denoiser = denoiser.for_steps(num_steps) if hasattr(denoiser, "for_steps") else denoiser
     null: Condition = None
     if guidance != 1:
@@ -156,7 +158,7 @@ def sample(
         x_hat = denoiser(z, t, condition)
         if null is not None:
             x_hat = torch.lerp(denoiser(z, t, null), x_hat, guidance)
-        return x_hat.clamp(-1, 1) if clip else x_hat
+        return x_hat.clamp(-1, 1) if clip and getattr(denoiser, "clips", True) else x_hat
 
     options: dict[str, Any] = {"variance": variance} | ({} if callback is None else {"callback": callback})
     if step_noise is not None:
@@ -180,6 +182,8 @@ class Draw:
     variance: Variance = "large"
     labels: Sequence[int] | None = None
     """Image i is of class labels[i % len(labels)]; by default all classes take turns, so that they are balanced."""
+    prompts: Sequence[str] | None = None
+    """The same of a denoiser that is conditioned on text; by default those that it was distilled with."""
 
     def options(self) -> dict[str, Any]:
         """What `sample` takes beside the noise and the condition."""
@@ -188,7 +192,7 @@ class Draw:
 
 
 def generate(denoiser: Any, indices: Sequence[int], draw: Draw, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """Batches of samples (B, C, H, W) in [-1, 1], image i from noise that depends on (seed, i) alone.
+    """Batches of samples (B, C, H, W) in [-1, 1], image i from noise that depends on (seed, i) alone; latents decoded.
 
     A bar counts the steps. Raises UserError for samples that are not finite.
     """
@@ -205,19 +209,30 @@ def _drawn(
     denoiser: Any, batch: Sequence[int], draw: Draw, device: torch.device | str, on_step: Callable[[], None]
 ) -> Tensor:
     """One batch of `generate`."""
-    labels = draw.labels
-    if labels is None and denoiser.num_classes is not None:
-        labels = range(denoiser.num_classes)
-    label = None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)
+    codec = getattr(denoiser, "codec", None)
 
     def noise(**key: int) -> Tensor:
         return sample_noise(draw.seed, batch, denoiser.image_shape, **key).to(device)
 
     hooks: dict[str, Any] = {"step_noise": lambda i: noise(draw=i), "callback": lambda i, z, x_hat: on_step()}
-    images = sample(denoiser, noise(), condition=label, **hooks, **draw.options())
+    images = sample(denoiser, noise(), condition=_condition(denoiser, batch, draw, device), **hooks, **draw.options())
     if not images.isfinite().all():
         raise UserError(
             f"samples of {draw.num_steps} steps by {draw.sampler} are not finite (NaN or infinite): the denoiser's "
             f"weights are not, or this sampler diverges here; train it again, or use sampler=ddim"
         )
-    return images
+    return images if codec is None else codec.decode(images)
+
+
+def _condition(denoiser: Any, batch: Sequence[int], draw: Draw, device: torch.device | str) -> Condition:
+    """Of the images of a batch: labels, or what the network is given of prompts."""
+    codec = getattr(denoiser, "codec", None)
+    if codec is not None:
+        prompts = draw.prompts or codec.prompts
+        if not prompts:
+            raise UserError("this denoiser is conditioned on text and keeps no prompts: give prompt=<what to draw>")
+        return codec.condition([prompts[i % len(prompts)] for i in batch], device)
+    labels = draw.labels
+    if labels is None and denoiser.num_classes is not None:
+        labels = range(denoiser.num_classes)
+    return None if labels is None else torch.tensor([labels[i % len(labels)] for i in batch], device=device)

@@ -224,6 +224,28 @@ class BetaSchedule(Schedule):
         return (t * len(self.alphas_cumprod) - 1).clamp(min=0)
 
 
+@dataclass(frozen=True)
+class DiscreteBetaSchedule(BetaSchedule):
+    """BetaSchedule at its T times alone: at t everything is as at index round(T t) - 1, not below 0.
+
+    These are diffusers' trailing timesteps, so that at t = i/N its pipelines and `sample` ask a network the same, also
+    where N does not divide T.
+    """
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """t in [0, 1], any shape -> logsnr of that shape, a staircase."""
+        return _logits(self.alphas_cumprod, t.device)[self._index(t)].to(t.dtype)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The index, a whole number."""
+        return self._index(t).to(t.dtype)
+
+    def _index(self, t: Tensor) -> Tensor:
+        # float32 knows 1/80 to 1e-9 alone: first to the nearest 2^-10, then a half to the even side, as numpy does
+        position = (t.double() * len(self.alphas_cumprod) * 1024).round() / 1024
+        return position.round().long().clamp(min=1) - 1
+
+
 @functools.lru_cache(16)
 def _logits(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Made once for each device: a training step must not wait for a copy."""

@@ -1,8 +1,9 @@
 """A Denoiser on disk: a directory in which every part stands by its name.
 
 `denoiser.json` names the parameterization, the schedule and the network. A UNet2DModel's directory is laid out as a
-diffusers pipeline (`model_index.json`, `unet/`, and `scheduler/` or `pipeline.py`: see `interop.students`); any other
-network's weights are in `network/`. Nothing is imported because a file says so: a name must be built in or registered.
+diffusers pipeline (`model_index.json`, `unet/`, and `scheduler/` or `pipeline.py`: see `interop.students`), a
+UNet2DConditionModel's as a StableDiffusionPipeline (`interop.stable_diffusion`); any other network's weights are in
+`network/`. Nothing is imported because a file says so: a name must be built in or registered.
 """
 
 import json
@@ -10,20 +11,21 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pdistill import lora, registry
 from pdistill import network as networks
-from pdistill import registry
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, whole_directory, write_json
-from pdistill.interop import students
+from pdistill.interop import stable_diffusion, students
 
 FORMAT = 2  # 1, of version 0.1.0, is read too
 DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
 WEIGHTS = Path("network", "model.safetensors")
+IN_UNET = ("unet", networks.CONDITIONAL_UNET)  # networks of diffusers, which unet/ describes
 
 D = TypeVar("D", bound=Denoiser)
 
@@ -35,6 +37,7 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     first multiple of `grid`, by default of 1024, that is not below 1000, the steps of whoever gives no step count; it
     can be sampled in every number of steps that divides it. Raises UserError for a part that is not registered.
     """
+    denoiser = lora.merged(denoiser)
     if denoiser.num_steps is None:
         grid = grid or DEFAULT_GRID
         grid *= -(-students.DEFAULT_STEPS // grid)
@@ -51,9 +54,13 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     with whole_directory(directory) as temporary:
         if isinstance(denoiser.network, UNet2DModel):
             students.write_unet(denoiser, weights, grid, metadata, temporary)
+        elif isinstance(denoiser.network, UNet2DConditionModel):
+            stable_diffusion.write(denoiser, weights, metadata, temporary)
         else:
             (temporary / WEIGHTS).parent.mkdir()
             students.save_weights(weights, temporary / WEIGHTS, metadata)
+        if denoiser.adapters is not None:
+            students.save_weights(lora.for_diffusers(denoiser.adapters), temporary / lora.FILE, {})
         write_json(temporary / "denoiser.json", description)
 
 
@@ -64,7 +71,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "format": FORMAT,
         "parameterization": _described("parameterization", denoiser.parameterization),
         "schedule": _described("schedule", denoiser.schedule),
-        "network": {"name": "unet"} if made["name"] == "unet" else made,
+        "network": {"name": made["name"]} if made["name"] in IN_UNET else made,
         "image_shape": list(denoiser.image_shape),
         "num_steps": denoiser.num_steps,
         "lineage": denoiser.lineage,
@@ -97,12 +104,14 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         try:
             parameterization = _part("parameterization", description["parameterization"])
             schedule = _part("schedule", description["schedule"])
-            if made["name"] != "unet":
+            if made["name"] not in IN_UNET:
                 registry.find("network", made["name"])
         except UserError as error:
             raise UserError(f"{directory} cannot be loaded: {error}") from error
         if made["name"] == "unet":
             network = students.read_unet(directory)
+        elif made["name"] == networks.CONDITIONAL_UNET:
+            network = stable_diffusion.read(directory)
         else:
             network = networks.rebuild(made)
             network.load_state_dict(load_file(directory / WEIGHTS))
@@ -115,7 +124,10 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             description["lineage"],
             description.get("null_label"),
             image_shape=tuple(shape) if shape else None,
+            codec=stable_diffusion.Codec(directory) if made["name"] == networks.CONDITIONAL_UNET else None,
         )
+        if (directory / lora.FILE).exists():
+            denoiser.adapters = lora.from_diffusers(load_file(directory / lora.FILE))
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} is not a denoiser directory: {error.filename} is missing. "

@@ -49,3 +49,9 @@ def fetch_weights(model: str, revision: str | None, unet: Path) -> None:
         folder = fetched(model, revision, [str(unet / pattern)], ignored)
         if any((folder / unet).glob(pattern)):
             return
+
+
+def fetch_components(model: str, revision: str | None, names: Sequence[str]) -> None:
+    """Fetches whole sub-folders of a model on the hub, in safetensors of full precision, into the cache."""
+    patterns = [f"{name}/{files}" for name in names for files in ("*.safetensors", "*.txt")]
+    fetched(model, revision, patterns, "*.fp16*")

@@ -12,36 +12,34 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
-from pdistill.interop.hub import LAYOUT, WEIGHTS, fetch_weights, fetched
+from pdistill.interop import stable_diffusion
+from pdistill.interop.hub import LAYOUT, WEIGHTS, fetch_components, fetch_weights, fetched
 from pdistill.parameterization import Eps, Flow, Parameterization, V, X
-from pdistill.schedule import BetaSchedule, FlowSchedule, Schedule
+from pdistill.schedule import BetaSchedule, DiscreteBetaSchedule, FlowSchedule, Schedule
 
 PREDICTIONS = {"epsilon": Eps, "sample": X, "v_prediction": V}
 SUPPORTED = (
     "a UNet2DModel of pixels (unconditional or with class labels) with a scheduler of betas (DDPM, DDIM, PNDM, "
-    "DPM-Solver, UniPC, DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler"
+    "DPM-Solver, UniPC, DEIS, Euler, Heun, ...) or FlowMatchEulerDiscreteScheduler, and text to image of the shapes of "
+    "Stable Diffusion 1.x and 2.x"
 )
 PICKLES = (".pkl", ".pickle", ".ckpt", ".pt", ".pth")
 # Components of model_index.json that tell what kind of model it is, and what that kind is called.
 FOREIGN = {
-    "text_encoder": "it is conditioned on text (text_encoder)",
-    "vae": "it works on latents (vae), not on pixels",
+    "vae": "it works on latents (vae), not on pixels, and has no text_encoder",
     "vqvae": "it works on latents (vqvae), not on pixels",
     "movq": "it works on latents (movq), not on pixels",
     "transformer": "its network is a transformer",
     "prior": "its network is a prior, not one of images",
 }
 EARLY = ", of an early diffusers, which today's cannot load"
-NETWORKS = {
-    "UNet2DConditionModel": ", conditioned on text or images",
-    **dict.fromkeys(("UNetModel", "UNetUnconditionalModel", "DDPM"), EARLY),
-}
+NETWORKS = dict.fromkeys(("UNetModel", "UNetUnconditionalModel", "DDPM"), EARLY)
 TIME_EMBEDDINGS = {
     "fourier": " (variance exploding), whose output is divided by the time",
     "learned": ", which has no times between its own: give the model that it was made from",
@@ -58,7 +56,8 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
 
     It keeps its own noise schedule and the timesteps that it was trained with. `revision` is a branch, tag or commit of
     a model on the hub. `null_label` is the class that stands for none, where it was trained so: the last one. Learned
-    variances are dropped. Its lineage is ["diffusers:<hub id or folder name>"]. Raises UserError for what is missing,
+    variances are dropped. A Stable Diffusion folder becomes a denoiser of latents, at the times that it was trained at
+    alone, whose condition is its `codec`'s. Its lineage is ["diffusers:<hub id or folder name>"]. Raises UserError for what is missing,
     damaged or not supported.
     """
     name = str(path)
@@ -66,19 +65,31 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     if not on_hub and revision is not None:
         raise UserError(f"{name} is a folder, and revision={revision} is for models on the hub: leave it out")
     folder = fetched(name, revision) if on_hub else Path(name).expanduser()
-    _refuse_folder(folder, name)
+    index = _index(folder, name)
     unet, scheduler = (
         _component(folder, name, "unet", "config.json"),
         _component(folder, name, "scheduler", "scheduler_config.json"),
     )
     config, kept = _read(unet / "config.json"), _read(scheduler / "scheduler_config.json")
-    _refuse_network(name, config, null_label)
+    reads_text = stable_diffusion.is_text_to_image(index, config)
+    if reads_text:
+        _refuse_text_to_image(folder, name, config, null_label)
+    else:
+        _refuse_network(name, config, null_label)
     schedule, parameterization = _schedule(name, scheduler, kept)
     if on_hub:
         fetch_weights(name, revision, unet.relative_to(folder))
-    network = _network(name, unet, config)
-    _drop_learned_variance(name, network, kept)
     lineage: list[str | int] = [f"diffusers:{name if on_hub else folder.resolve().name}"]
+    if reads_text:
+        if not isinstance(schedule, BetaSchedule):
+            raise _refusal(name, "its scheduler is of flow matching, and it is read with a scheduler of betas alone")
+        if on_hub:
+            fetch_components(name, revision, stable_diffusion.LINKED)
+        network, discrete = _network(name, unet, UNet2DConditionModel), DiscreteBetaSchedule(schedule.alphas_cumprod)
+        codec = stable_diffusion.Codec(folder)
+        return Denoiser(network, parameterization, discrete, lineage=lineage, codec=codec).eval()
+    network = _network(name, unet, UNet2DModel)
+    _drop_learned_variance(name, network, kept)
     return Denoiser(network, parameterization, schedule, lineage=lineage, null_label=null_label).eval()
 
 
@@ -145,15 +156,28 @@ def _remote_code(config: dict[str, Any]) -> str | None:
     )
 
 
-def _refuse_folder(folder: Path, name: str) -> None:
-    """What model_index.json and the other files tell."""
+def _index(folder: Path, name: str) -> dict[str, Any]:
+    """What model_index.json names, empty where there is none. Raises UserError for what it tells is not supported."""
     if is_denoiser(folder):
         raise UserError(f"{name} is a denoiser of pdistill, not a diffusers folder: give it as it is, teacher={name}")
     index = _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
-    present = {k for k, v in index.items() if not k.startswith("_") and v != [None, None] and v is not None}
-    reasons = [reason for component, reason in FOREIGN.items() if component in present]
-    if reason := (_remote_code(index) or next(iter(reasons), None)):
+    present = {k: v for k, v in index.items() if v != [None, None] and v is not None}
+    foreign = stable_diffusion.FOREIGN if "text_encoder" in present else FOREIGN
+    if reason := (_remote_code(index) or next((why for part, why in foreign.items() if part in present), None)):
         raise _refusal(name, reason)
+    return present
+
+
+def _refuse_text_to_image(folder: Path, name: str, config: dict[str, Any], null_label: int | None) -> None:
+    """What the files of a model with text tell."""
+    if reason := (_remote_code(config) or stable_diffusion.refusal(folder, config)):
+        raise _refusal(name, reason)
+    if null_label is not None:
+        raise UserError(
+            f"null_label={null_label}, and {name} knows no classes, but text: its empty prompt stands for none; leave "
+            f"it out"
+        )
+    _check_size(name, config)
 
 
 def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -> None:
@@ -167,11 +191,7 @@ def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -
         raise _refusal(name, f"its time embedding is {time!r}{TIME_EMBEDDINGS.get(str(time), '')}")
     if config.get("class_embed_type") is not None:
         raise _refusal(name, f"its class_embed_type is {config['class_embed_type']!r}, whose labels are not classes")
-    if not _is_size(config.get("sample_size")):
-        raise UserError(
-            f"{name} does not tell the size of its images (sample_size is {config.get('sample_size')!r}): write "
-            f'"sample_size": 32, or [height, width], into its config.json'
-        )
+    _check_size(name, config)
     classes = config.get("num_class_embeds")
     if null_label is None:
         return
@@ -184,13 +204,21 @@ def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -
         )
 
 
+def _check_size(name: str, config: dict[str, Any]) -> None:
+    if not _is_size(config.get("sample_size")):
+        raise UserError(
+            f"{name} does not tell the size of its images (sample_size is {config.get('sample_size')!r}): write "
+            f'"sample_size": 32, or [height, width], into its config.json'
+        )
+
+
 def _is_size(size: Any) -> bool:
     """A positive integer, or a pair of them."""
     pair = size if isinstance(size, list) else [size, size]
     return len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
 
 
-def _network(name: str, unet: Path, config: dict[str, Any]) -> UNet2DModel:
+def _network(name: str, unet: Path, kind: Any) -> Any:
     """By `from_pretrained`, which alone renames old attention keys; fp16 files are read where there are no others."""
     files = [file.name for file in unet.iterdir() if file.name.startswith(WEIGHTS)]
     if not files:
@@ -198,7 +226,7 @@ def _network(name: str, unet: Path, config: dict[str, Any]) -> UNet2DModel:
     plain = any(".fp16" not in file for file in files)
     diffusers.utils.logging.disable_progress_bar()
     try:
-        network, told = UNet2DModel.from_pretrained(  # type: ignore[misc]
+        network, told = kind.from_pretrained(
             str(unet),
             variant=None if plain else "fp16",
             torch_dtype=torch.float32,
