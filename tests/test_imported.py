@@ -62,7 +62,7 @@ def converted(teacher: Denoiser, clip: bool, updates: int = 200) -> Denoiser:
     student, method = predicting(teacher, V()).train(), Conversion(clip)
     optimizer = torch.optim.Adam(student.parameters(), 1e-3)
     images = to_float(digits().images)
-    stage = Stage(2, 8, 0, 1, updates, continuous=True)
+    stage = Stage(2, 8, 0, 1, updates, called="converted")
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - update / updates)
         x = images[torch.randint(len(images), (64,))]

@@ -44,8 +44,10 @@ class Denoiser(nn.Module):
     `condition` is None, labels (B,), or a dict of tensors whose first dimension is B. `num_steps` is the step count it
     was distilled for (None for a teacher); `lineage` lists the step counts of its ancestors, e.g. ["teacher", 16, 8].
     `null_label` is the label that stands for none, where the network was trained with label dropout: its last.
-    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `codec` belongs to a denoiser of
-    latents, whose condition is text. `adapters` are those that are merged into the weights: see `pdistill.lora`.
+    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `guidance` is the range (low, high)
+    of classifier-free guidance that it was taught, at one evaluation a step; None for a denoiser that was not.
+    `codec` belongs to a denoiser of latents, whose condition is text. `adapters` are those that are merged into the
+    weights: see `pdistill.lora`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Denoiser(nn.Module):
         null_label: int | None = None,
         *,
         image_shape: tuple[int, int, int] | None = None,
+        guidance: tuple[float, float] | None = None,
         codec: Codec | None = None,
     ) -> None:
         super().__init__()
@@ -67,6 +70,7 @@ class Denoiser(nn.Module):
         self.num_steps = num_steps
         self.lineage = lineage or ["teacher"]
         self.null_label = null_label
+        self.guidance = guidance
         self.codec = codec
         self.adapters: dict[str, Tensor] | None = None
         self._image_shape = image_shape
@@ -139,6 +143,24 @@ class Denoiser(nn.Module):
         return condition | {"label": nulls} if isinstance(condition, dict) else nulls
 
     @property
+    def default_guidance(self) -> float:
+        """1, plain; of a denoiser that was taught guidance what lies nearest to it."""
+        low, high = self.guidance or (1.0, 1.0)
+        return min(max(1.0, low), high)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network has it as an input: it was taught more than one value."""
+        return self.guidance is not None and self.guidance[0] < self.guidance[1]
+
+    def told(self, condition: Condition, guidance: Tensor) -> Condition:
+        """The condition with the guidance (B,) among it, where the network takes it."""
+        if not self.takes_guidance or condition is None:
+            return condition
+        given = condition if isinstance(condition, dict) else {"label": condition}
+        return given | {"guidance": guidance}
+
+    @property
     def architecture(self) -> dict[str, Any]:
         """What must be equal for two denoisers' weights and outputs to mean the same."""
         network = networks.description(self.network)
@@ -149,7 +171,7 @@ class Denoiser(nn.Module):
             "null_label": self.null_label,
             "image_shape": list(self.image_shape),
             "network": {"name": network["name"], **arguments},
-        }
+        } | ({} if self.guidance is None else {"guidance": list(self.guidance)})
 
     @property
     def fingerprint(self) -> str:

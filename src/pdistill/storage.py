@@ -76,7 +76,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "num_steps": denoiser.num_steps,
         "lineage": denoiser.lineage,
         "null_label": denoiser.null_label,
-    }
+    } | ({} if denoiser.guidance is None else {"guidance": list(denoiser.guidance)})
     try:
         json.dumps(description)
     except TypeError as error:
@@ -115,7 +115,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         else:
             network = networks.rebuild(made)
             network.load_state_dict(load_file(directory / WEIGHTS))
-        shape = description.get("image_shape")
+        shape, guidance = description.get("image_shape"), description.get("guidance")
         denoiser = cls(
             network,
             parameterization,
@@ -124,6 +124,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             description["lineage"],
             description.get("null_label"),
             image_shape=tuple(shape) if shape else None,
+            guidance=None if guidance is None else (float(guidance[0]), float(guidance[1])),
             codec=stable_diffusion.Codec(directory) if made["name"] == networks.CONDITIONAL_UNET else None,
         )
         if (directory / lora.FILE).exists():

@@ -56,7 +56,7 @@ def new_student(settings: Distill, data: ImageSet, given: Denoiser | None) -> De
     if is_imported(settings.teacher):
         check_data(settings, given, data)
         return predicting(given, parameterization)
-    if isinstance(given.parameterization, Heads):  # which no configuration names
+    if isinstance(given.parameterization, Heads) or given.guidance is not None:  # which no configuration names
         check_step_count(settings, given)
         return given
     template = new_denoiser(settings, data)

@@ -4,6 +4,7 @@ Importing this module registers them with Hydra; `hydra_plugins/pdistill_setting
 conf/.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from pdistill import registry
 from pdistill.checks import number, whole
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
-from pdistill.training.settings import Conversion, Distillation, Steps, Training
+from pdistill.training.settings import Conversion, Distillation, Guiding, Steps, Training
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
 
@@ -100,6 +101,10 @@ class Distill(Train):
     teacher_null_label: int | None = None
     """The class that stands for none in a diffusers model: its last one, where it was trained so."""
     conversion: Conversion = field(default_factory=Conversion)
+    guidance: Any = None
+    """[1,5], or one value: the classifier-free guidance that students learn, at one evaluation a step; 1 is plain, 0
+    ignores the label."""
+    guiding: Guiding = field(default_factory=Guiding)
     method: Any = MISSING
 
     def __post_init__(self) -> None:
@@ -114,6 +119,33 @@ class Distill(Train):
             )
         if self.teacher_null_label is not None:
             whole("teacher_null_label", self.teacher_null_label, 1)
+        if self.guidance is not None:
+            self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        low, high = self.guidance_range if _are_two_numbers(self.guidance_range) else (-1.0, -1.0)
+        if low < 0 or (isinstance(self.guidance, list) and low >= high):
+            raise UserError(
+                f"guidance={self.guidance} must be a range [low, high] with 0 <= low < high, e.g. guidance=[1,5], or "
+                f"one value, e.g. guidance=2"
+            )
+        if self.teacher is None and not self.label_dropout:
+            raise UserError(
+                f"guidance={self.guidance} needs a teacher that knows what no label means: add conditional=true "
+                f"label_dropout=0.1"
+            )
+
+    @property
+    def guidance_range(self) -> Any:
+        """(low, high), equal for one value; None for none."""
+        if self.guidance is None:
+            return None
+        return tuple(self.guidance) if isinstance(self.guidance, list) else (self.guidance, self.guidance)
+
+
+def _are_two_numbers(values: Any) -> bool:
+    numbers = [isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values]
+    return len(numbers) == 2 and all(numbers)
 
 
 @dataclass
@@ -129,8 +161,9 @@ class Sample:
     """The same seed gives the same pictures, whatever the batch size."""
     label: Any = None
     """Of a class-conditional denoiser: 3, or [1,2] in turn; by default all classes in turn."""
-    guidance: float = 1.0
-    """Of a denoiser trained with label_dropout: 0 ignores the label, 1 is plain, 2 and more emphasise it."""
+    guidance: float | None = None
+    """Of a denoiser trained with label_dropout, or taught guidance: 0 ignores the label, 1 is plain and the default, 2
+    and more emphasise it."""
     sampler: str = "ddim"
     """Or ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one."""
     variance: Any = "large"

@@ -26,6 +26,7 @@ from torch import Tensor
 from pdistill.errors import UserError, first_line
 from pdistill.files import digest_of, digest_of_file, read_json, write_json
 from pdistill.interop.students import PREDICTION_TYPES, UNET_WEIGHTS, save_weights
+from pdistill.network import GUIDANCE_FEATURES
 from pdistill.schedule import BetaSchedule, betas
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def write(denoiser: "Denoiser", weights: dict[str, Tensor], metadata: dict[str, 
     config = {k: v for k, v in network.config.items() if not k.startswith("_")} | {
         "_class_name": "UNet2DConditionModel"
     }
-    if _is_taught(denoiser) and config["time_cond_proj_dim"] is None:
+    if denoiser.guidance is not None and config["time_cond_proj_dim"] is None:
         channels = config["block_out_channels"][0]
         config |= {"time_cond_proj_dim": GUIDANCE_FEATURES, GUIDANCE_IGNORED: True}
         weights = weights | {COND_PROJ: torch.zeros(channels, GUIDANCE_FEATURES)}
@@ -236,9 +237,6 @@ def write(denoiser: "Denoiser", weights: dict[str, Tensor], metadata: dict[str, 
     write_json(directory / PROMPTS, prompts)
 
 
-GUIDANCE_FEATURES = 256  # of what diffusers gives a network that takes guidance
-
-
 def read(directory: Path) -> UNet2DConditionModel:
     """The network of a directory that `write` wrote."""
     config, weights = _read(directory / "unet"), load_file(directory / UNET_WEIGHTS)
@@ -248,10 +246,6 @@ def read(directory: Path) -> UNet2DConditionModel:
     network: Any = UNet2DConditionModel.from_config(config)
     network.load_state_dict(weights)
     return network
-
-
-def _is_taught(denoiser: "Denoiser") -> bool:
-    return getattr(denoiser, "guidance", None) is not None
 
 
 def _scheduler(denoiser: "Denoiser") -> DPMSolverMultistepScheduler:
