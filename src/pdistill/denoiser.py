@@ -21,7 +21,7 @@ class Codec(Protocol):
     It is no part of the denoiser's modules: not trained, averaged, nor kept in checkpoints.
     """
 
-    prompts: Sequence[str]
+    prompts: list[str]
     """That the denoiser was distilled with; samples take them in turn where no others are given."""
 
     @property

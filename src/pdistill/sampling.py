@@ -126,9 +126,9 @@ def sample(
     """Images (B, C, H, W) from unit noise of that shape in `num_steps` evaluations, t = 1, 1 - 1/N, ..., 1/N.
 
     `sampler` is a name that `samplers()` lists: ddim, ancestral, one of diffusers' solvers, or a registered one. The
-    last step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does; latents never are. The ancestral sampler takes its
-    noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or `step_noise(i)`; by default it
-    is drawn from torch's global generator. `callback(i, z, x_hat)` sees every step.
+    last step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does; latents never are. The ancestral
+    sampler takes its noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or
+    `step_noise(i)`; by default it is drawn from torch's global generator. `callback(i, z, x_hat)` sees every step.
 
     `guidance` other than 1 takes x = x_none + guidance (x_condition - x_none), x_none being the prediction under the
     null condition, at two evaluations a step (classifier-free guidance, Ho & Salimans, 2022; the same in x as in eps).

@@ -13,6 +13,7 @@ from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.heads import Heads
+from pdistill.parameterization import V
 from pdistill.randomness import seed_of
 
 NEARLY_ZERO_SNR = -10.0  # terminal log-SNR below which x_hat = (z - sigma eps) / alpha is not distilled
@@ -56,6 +57,11 @@ def new_student(settings: Distill, data: ImageSet, given: Denoiser | None) -> De
     if is_imported(settings.teacher):
         check_data(settings, given, data)
         return predicting(given, parameterization)
+    if given.codec is not None:
+        check_data(settings, given, data)
+        check_step_count(settings, given)
+        converts = given.num_steps is None and not given.parameterization.stable_at_zero_snr
+        return predicting(given, V()) if converts else given
     if isinstance(given.parameterization, Heads) or given.guidance is not None:  # which no configuration names
         check_step_count(settings, given)
         return given

@@ -57,7 +57,7 @@ def evaluate(settings: Evaluate) -> Path:
     loaded = functools.cache(load)
     to_measure = contenders(settings, loaded)
     models = {c.path: loaded(c.path) for c in to_measure}
-    shapes = {model.image_shape for model in models.values()}
+    shapes = {model.pixel_shape for model in models.values()}
     if len(shapes) > 1:
         raise UserError(f"denoiser={settings.denoiser} holds denoisers of images of several shapes: {sorted(shapes)}")
     data = reference_set(settings, shapes.pop())
@@ -131,7 +131,7 @@ class Evaluation:
             found.append((self._provenance_of_real(), self.floor))
         for c in rows:
             model = models[c.path]
-            clip = model.clip if isinstance(model, Pipeline) else self._draw(c).clip
+            clip = model.clip if isinstance(model, Pipeline) else self._draw(c).clip and model.clips
             made_with = self._shared(self.settings.metrics.num_samples)
             made_with |= drawn_by(fingerprints[c.path], c.sampler, c.num_steps, clip)
             made_with |= {"denoiser": c.path, "label": c.label}

@@ -60,6 +60,11 @@ def _export(settings: Namespace, directory: Path) -> None:
     if (directory / "denoiser" / "denoiser.json").exists():  # of a stage
         directory /= "denoiser"
     denoiser = Denoiser.load(directory)
+    if denoiser.codec is not None:
+        raise UserError(
+            f"{directory} is conditioned on text, which no exported graph takes: open it by diffusers, "
+            f"StableDiffusionPipeline.from_pretrained"
+        )
     num_steps = settings.steps or denoiser.num_steps
     if num_steps is None:
         raise UserError(f"{directory} is a teacher, made for no step count of its own: give --steps, e.g. --steps 16")

@@ -30,7 +30,7 @@ def read_recipe(cfg: DictConfig) -> None:
         if any(key == group or key.startswith(f"{group}.") for key in typed):
             raise UserError(f"{group}={cfg_choice(group)}: a diffusers teacher keeps its own {group}; leave it out")
         OmegaConf.update(cfg, group, OF_THE_TEACHER, merge=False, force_add=True)
-    unet, scheduler = _configs(cfg.teacher, cfg.teacher_revision)
+    unet, scheduler, vae = _configs(cfg.teacher, cfg.teacher_revision)
     if not _parameterization_asked(typed):
         kind = str(scheduler.get("prediction_type", "epsilon"))
         flow = scheduler.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
@@ -39,9 +39,16 @@ def read_recipe(cfg: DictConfig) -> None:
     size = unet.get("sample_size")
     if isinstance(size, list) and len(set(size)) == 1:
         size = size[0]
-    for key, value in {"image_size": size, "image_channels": unet.get("in_channels")}.items():
+    follows = {"image_size": size, "image_channels": unet.get("in_channels")}
+    if vae and isinstance(size, int):  # of text to image: what the latents stand for
+        follows = {"image_size": size * 2 ** (len(vae.get("block_out_channels", "8888")) - 1)}
+        follows["image_channels"] = vae.get("in_channels", 3)
+    for key, value in follows.items():
         if isinstance(value, int) and key in (cfg.dataset or {}) and f"dataset.{key}" not in typed:
             OmegaConf.update(cfg, f"dataset.{key}", value)
+    captions = vae and "prompt" in (cfg.dataset or {}) and cfg.dataset.prompt is None and cfg.dataset.path
+    if captions and Path(str(cfg.dataset.path), "metadata.jsonl").expanduser().exists():
+        cfg.dataset.prompt = "{text}"
 
 
 def cfg_choice(group: str) -> str:
@@ -58,18 +65,20 @@ def _parameterization_asked(typed: dict[str, str]) -> bool:
     return "parameterization" in typed or cfg_choice("parameterization") not in ("parameterization", "x")
 
 
-def _configs(teacher: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON of the network and of the scheduler; empty where it cannot be read."""
+def _configs(teacher: str, revision: str | None) -> list[dict[str, Any]]:
+    """The JSON of the network, of the scheduler and of the autoencoder; empty where there is none to read."""
     folder = Path(teacher).expanduser()
     if not folder.is_dir() and not folder.parent.is_dir() and re.fullmatch(HUB_ID, teacher):
         from pdistill.interop.hub import fetched
 
         folder = fetched(teacher, revision)
     found = []
-    for component, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+    flat = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+    for component, file in (flat | {"vae": "config.json"}).items():
+        places = (folder / component, folder) if component in flat else (folder / component,)
         try:
-            content = next((c for p in (folder / component, folder) if (c := read_json(p / file)) is not None), {})
+            content = next((c for p in places if (c := read_json(p / file)) is not None), {})
         except (UserError, OSError):
             content = {}
         found.append(content if isinstance(content, dict) else {})
-    return found[0], found[1]
+    return found

@@ -33,7 +33,8 @@ def draw(settings: Sample, directory: Path) -> Path:
         raise UserError(f"denoiser={directory} is a teacher, made for no step count of its own: give num_steps=...")
     device = device_of(settings.device)
     options = {k: getattr(settings, k) for k in ("seed", "batch_size", "sampler", "clip", "guidance", "variance")}
-    plan = Draw(num_steps, labels=_labels(settings, denoiser.num_classes), **options)
+    words = {"labels": _labels(settings, denoiser.num_classes), "prompts": _prompts(settings, denoiser.codec)}
+    plan = Draw(num_steps, **words, **options)
     batches = generate(denoiser.to(device), range(settings.num_images), plan, device)
     try:
         images = torch.cat([batch.cpu() for batch in batches])
@@ -63,6 +64,16 @@ def _labels(settings: Sample, num_classes: int | None) -> list[int] | None:
     if not all(k < num_classes for k in labels):
         raise UserError(f"label={settings.label} must be of the classes 0 to {num_classes - 1}")
     return labels
+
+
+def _prompts(settings: Sample, codec: object | None) -> list[str] | None:
+    if settings.prompt is None:
+        return None
+    if codec is None:
+        raise UserError(
+            f"prompt={settings.prompt} is given, and denoiser={settings.denoiser} has no text encoder: leave it out"
+        )
+    return settings.prompt if isinstance(settings.prompt, list) else [settings.prompt]
 
 
 def name_of(denoiser: Path) -> str:

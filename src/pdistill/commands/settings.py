@@ -17,7 +17,7 @@ from pdistill import registry
 from pdistill.checks import number, whole
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
-from pdistill.training.settings import Conversion, Distillation, Guiding, Steps, Training
+from pdistill.training.settings import Conversion, Distillation, Guiding, Lora, Steps, Training
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
 
@@ -105,6 +105,7 @@ class Distill(Train):
     """[1,5], or one value: the classifier-free guidance that students learn, at one evaluation a step; 1 is plain, 0
     ignores the label."""
     guiding: Guiding = field(default_factory=Guiding)
+    lora: Lora = field(default_factory=Lora)
     method: Any = MISSING
 
     def __post_init__(self) -> None:
@@ -161,6 +162,8 @@ class Sample:
     """The same seed gives the same pictures, whatever the batch size."""
     label: Any = None
     """Of a class-conditional denoiser: 3, or [1,2] in turn; by default all classes in turn."""
+    prompt: Any = None
+    """Of a text-to-image denoiser: one, or a list in turn; by default those that it was distilled with, in turn."""
     guidance: float | None = None
     """Of a denoiser trained with label_dropout, or taught guidance: 0 ignores the label, 1 is plain and the default, 2
     and more emphasise it."""
@@ -189,6 +192,9 @@ class Sample:
         labels = self.label if isinstance(self.label, list) else [self.label]
         if self.label is not None and not (labels and all(isinstance(k, int) and k >= 0 for k in labels)):
             raise UserError(f"label={self.label} must be a class, or classes in turn, e.g. label=3 or label=[1,2]")
+        prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if self.prompt is not None and not (prompts and all(isinstance(p, str) for p in prompts)):
+            raise UserError(f"prompt={self.prompt} must be a text, or a list of texts, e.g. prompt='a red chair'")
         if self.output is not None and not self.output.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
             raise UserError(f"output={self.output} must end in .png, .jpg or .webp, e.g. output={self.output}.png")
 

@@ -18,11 +18,12 @@ from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from pdistill import lora
 from pdistill.commands import run_directory
 from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_denoiser, new_student
 from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
-from pdistill.commands.teachers import given_teacher, images_of, predicting
+from pdistill.commands.teachers import encoded_for, given_teacher, images_of, predicting
 from pdistill.commands.timing import time_stages
 from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
@@ -73,6 +74,7 @@ class Job:
             optimizer=instantiate(self.settings.optimizer),
             seed=self.settings.seed,
             label_dropout=self.settings.label_dropout,
+            lora_rank=self.settings.lora.rank if isinstance(self.settings, Distill) else None,
         )
 
 
@@ -99,13 +101,21 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     if given is not None:
         check(given)
     _check(settings, [settings.conversion if given else settings.training, settings.guiding, settings.distillation])
-    data = images_of(settings, given, _trainer(settings).strategy.root_device)
+    device = _trainer(settings).strategy.root_device
+    data = images_of(settings, given, device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
     if given is None:
         check(template)
     converts = given is not None and given.architecture != template.architecture
     guides = _guides(settings, given or template)
+    if settings.lora.rank is not None:
+        lora.check(settings.lora.rank, template.network)
+        if any(stage.counts for stage in plan):
+            raise UserError(
+                f"lora.rank={settings.lora.rank} keeps the last layer, and method=parallel_decoding trains it"
+            )
+    data = encoded_for(given, data, device)
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
         teacher = directory / "teacher"
@@ -229,7 +239,7 @@ def _guides(settings: Distill, teacher: Denoiser) -> bool:
             f"guidance={settings.guidance} is learned from a teacher that knows every time, and teacher="
             f"{settings.teacher} was distilled for {teacher.num_steps} steps: give the teacher that it came from"
         )
-    if teacher.null_label is None:
+    if not teacher.has_null_condition:
         raise UserError(
             f"guidance={settings.guidance} needs a teacher that knows what no label means, and teacher="
             f"{settings.teacher} has no null label: give one trained with label_dropout, or, of a diffusers model, "
@@ -263,7 +273,11 @@ def _at_every_time(
     if not _is_trained(job.directory / stage.name):
         given = Denoiser.load(teacher / "denoiser")
         start = given if parameterization is None else predicting(given, parameterization)
-        module = DistillationModule(given, stage, job.recipe(section), method, start=start)
+        recipe = job.recipe(section)
+        if parameterization is not None:  # too much for adapters, which begin with what it makes
+            recipe = replace(recipe, lora_rank=None)
+        method = replace(method, clip=method.clip and given.clips)
+        module = DistillationModule(given, stage, recipe, method, start=start)
         _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
     return _finish_stage(job, stage.name, stage.num_steps, _facts(stage.updates, section, teacher.name))
 

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from pdistill.commands.identity import is_imported
 from pdistill.commands.settings import Distill, Train
-from pdistill.dataset import ImageSet
+from pdistill.dataset import ImageSet, latents
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.interop.teachers import load_diffusers_teacher
@@ -53,21 +53,37 @@ def images_of(settings: Train, teacher: Denoiser | None = None, device: torch.de
     data = instantiate(settings.dataset)
     if isinstance(data, ImageSet):
         return data
+    if teacher is not None and teacher.codec is not None:
+        raise UserError(
+            f"dataset=none makes samples of classes, and teacher={settings.teacher} is conditioned on text: give "  # type: ignore[attr-defined]
+            f"images with prompts, dataset=image_folder dataset.prompt=..."
+        )
     if teacher is None:
         raise UserError("dataset=none has no images to train a teacher on: give distill.py teacher=..., or a dataset")
     return data(teacher, settings.steps.plan[0], device)
 
 
+def encoded_for(teacher: Denoiser | None, data: ImageSet, device: torch.device | str) -> ImageSet:
+    """The data as the teacher sees it: of a text-to-image teacher latents, and prompts, which its directories keep."""
+    if teacher is None or teacher.codec is None:
+        return data
+    encoded = latents.encoded(data, teacher.codec, device)
+    teacher.codec.prompts = list(encoded.prompts or ())
+    return encoded
+
+
 def check_data(settings: Distill, teacher: Denoiser, data: ImageSet) -> None:
-    """Raises UserError where a diffusers teacher and the data are of different sizes, channels or classes."""
+    """Raises UserError where a diffusers teacher and the data are of different sizes, channels, classes or words."""
     what = f"teacher={settings.teacher}"
-    if teacher.image_shape != data.image_shape:
-        words = ["x".join(map(str, shape)) for shape in (teacher.image_shape, data.image_shape)]
+    if teacher.codec is not None:
+        latents.check_prompts(data)
+    if teacher.pixel_shape != data.image_shape:
+        words = ["x".join(map(str, shape)) for shape in (teacher.pixel_shape, data.image_shape)]
         raise UserError(
             f"{what} makes images of {words[0]} (channels, height, width) and dataset {data.name} holds {words[1]}: "
             f"leave dataset.image_size and dataset.image_channels out, or give another dataset"
         )
-    if teacher.num_classes is None and settings.conditional:
+    if teacher.num_classes is None and settings.conditional and teacher.codec is None:
         raise UserError(f"conditional=true, and {what} knows no classes: leave it out")
     if teacher.num_classes is not None and teacher.num_classes != data.num_classes:
         raise UserError(

@@ -9,7 +9,7 @@ import torch
 from pdistill.bars import bar
 from pdistill.denoiser import Denoiser
 from pdistill.randomness import sample_noise
-from pdistill.sampling import sample
+from pdistill.sampling import Condition, sample
 
 BATCH = 64
 ROUNDS = 5
@@ -48,7 +48,9 @@ def time_stages(
     return rows
 
 
-def _inputs(denoiser: Denoiser, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _inputs(denoiser: Denoiser, device: torch.device) -> tuple[torch.Tensor, Condition]:
     noise = sample_noise(0, range(BATCH), denoiser.image_shape).to(device)
+    if denoiser.codec is not None:
+        return noise, denoiser.codec.condition([""] * BATCH, device)
     label = None if denoiser.num_classes is None else torch.zeros(BATCH, dtype=torch.long, device=device)
     return noise, label

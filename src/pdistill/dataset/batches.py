@@ -93,8 +93,8 @@ def flip(image: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1
+    """uint8 -> float32 in [-1, 1]; latents in half precision -> float32."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Source:
     """From 0."""
     classes: int | None = None
     """How many classes there are, where the labels may not show them all."""
+    prompts: Sequence[str] | None = None
+    """The words of every class, where the images have words."""
     note: str = ""
     """What else there is to say when the cache is made."""
 
@@ -97,7 +99,7 @@ def cached_images(
             f"the cache {shown(directory)} cannot be used ({reason(error)}): give another one, "
             f"dataset.cache=<directory>, or another place for all, PDISTILL_CACHE=<directory>"
         ) from error
-    return ImageSet(source.name, images, kept_labels, flips, digest, source.classes)
+    return ImageSet(source.name, images, kept_labels, flips, digest, source.classes, source.prompts)
 
 
 def identity_of(file: Path) -> str:

@@ -1,13 +1,16 @@
 """Images in folders and zips: how their files are found, and what names their content."""
 
 import io
+import json
 import os
 import stat
+import string
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -28,6 +31,7 @@ OTHER_PICTURES = {
     *(".avif", ".avifs", ".eps", ".exr", ".hdr", ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl", ".jxr", ".svg"),
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2", ".emf", ".wmf", ".jp2", ".webp", ".qoi"),
 }
+METADATA, LABEL = "metadata.jsonl", "label"
 # What systems put beside one's files; everything whose name begins with a dot is passed over as well.
 OF_THE_SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
@@ -46,6 +50,7 @@ def image_folder(
     image_size: int,
     image_channels: int = 3,
     *,
+    prompt: str | None = None,
     flips: bool = True,
     resize: str = "lanczos",
     background: str = "white",
@@ -57,11 +62,16 @@ def image_folder(
 
     Links are followed. Hidden files and folders are passed over, and files that are no pictures by their ending;
     pictures that cannot be opened, or are smaller than `image_size`, are left out and listed, up to the share
-    `max_corrupt_fraction`. For the rest see `Transform` and `cached_images`. Raises UserError for a path that does not
-    exist or cannot be read, for dangling links to folders, and where there are no images.
+    `max_corrupt_fraction`. `prompt` gives every image its words, which take the place of classes: in "a photo of a
+    {label}" stands the image's sub-folder, in "{text}" what metadata.jsonl in the folder says under that name, of its
+    lines {"file_name": "0001.png", "text": "a red chair"}. For the rest see `Transform` and `cached_images`. Raises
+    UserError for a path that does not exist or cannot be read, for dangling links to folders, where there are no
+    images, and for images that the prompt has no words for.
     """
     transform = Transform(image_size, image_channels, resize, background)
     source = image_files(path, name)
+    if prompt is not None:
+        source = with_prompts(source, Path(path).expanduser(), prompt)
     return cached_images(source, transform, flips=flips, max_corrupt_fraction=max_corrupt_fraction, cache=cache)
 
 
@@ -104,8 +114,62 @@ def image_files(path: str | None, name: str) -> Source:
         open_image,
         [classes[folder] for folder in folders] if labelled else None,
         len(classes) if labelled else None,
-        ignored,
+        note=ignored,
     )
+
+
+def with_prompts(source: Source, root: Path, prompt: str) -> Source:
+    """The source with a prompt for every image: equal ones are one class, in the order of their letters.
+
+    Raises UserError for a prompt that names what there is none of, and for images without a line in metadata.jsonl.
+    """
+    fields = _fields_of(prompt)
+    rows = _metadata(root) if fields - {LABEL} else {}
+    words = []
+    for name in source.names:
+        known = {LABEL: PurePosixPath(name).parent.name} | rows.get(name, {})
+        if missing := sorted(field for field in fields if not isinstance(known.get(field), str) or not known[field]):
+            what = "lies in no sub-folder" if missing == [LABEL] else f"has no {missing[0]!r} in {METADATA}"
+            raise UserError(
+                f"dataset.prompt={prompt}: {shown(name)} {what}. {{label}} is an image's sub-folder, other names are "
+                f'of the lines {{"file_name": "0001.png", "text": "a red chair"}} of {METADATA}'
+            )
+        words.append(prompt.format_map(known))
+    prompts = sorted(set(words))
+    index = {prompt: k for k, prompt in enumerate(prompts)}
+    return replace(source, labels=[index[word] for word in words], classes=len(prompts), prompts=prompts)
+
+
+def _fields_of(prompt: str) -> set[str]:
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None}
+    except ValueError as error:
+        raise UserError(f"dataset.prompt={prompt} is no text with names in braces ({error})") from error
+    if not fields or not all(field.isidentifier() for field in fields):
+        raise UserError(
+            f"dataset.prompt={prompt} would be the same for every image: put {{label}}, the sub-folder, or a name of "
+            f'{METADATA} into it, e.g. dataset.prompt="a photo of a {{label}}"'
+        )
+    return fields
+
+
+def _metadata(root: Path) -> dict[str, dict[str, Any]]:
+    """The lines of metadata.jsonl by their file_name."""
+    rows: dict[str, dict[str, Any]] = {}
+    file = root / METADATA
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+                if row is not None:
+                    rows[row["file_name"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{shown(file)}, line {number}, must be {{"file_name": ..., "text": ...}} ({reason(error)})'
+                ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(file)} cannot be read ({reason(error)}): dataset.prompt needs it") from error
+    return rows
 
 
 def _in_folder(root: Path) -> Callable[[], tuple[list[File], str, Callable[[str], Image.Image]]]:

@@ -90,7 +90,7 @@ def load(
         return cached
     digest = digest_of([cached.fingerprint, *identity])
     stream = Stream(dataset, image, labels, transform, max_corrupt_fraction, shuffle_buffer)
-    return StreamedImageSet(cached.name, cached.images, cached.labels, flips, digest, cached.classes, stream)
+    return StreamedImageSet(cached.name, cached.images, cached.labels, flips, digest, cached.classes, stream=stream)
 
 
 def _expanded(path: Any) -> str:

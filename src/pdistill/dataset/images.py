@@ -1,7 +1,7 @@
 """What a dataset is to the rest of the program, and the two small ones, which are held in memory as one tensor."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from pdistill.bars import bar
 from pdistill.dataset.batches import Batches, BatchKey
 from pdistill.dataset.settings import flag, location, reason
 from pdistill.errors import UserError
+from pdistill.files import digest_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ImageSet:
         flips: whether training mirrors images left to right at random.
         digest: `digest_of_images` of both, where it is known already; it saves reading them all.
         classes: the number of classes, where the given labels may not show them all.
+        prompts: the words of every class, where the images have words: label k stands for prompts[k].
     """
 
     name: str
@@ -35,6 +37,7 @@ class ImageSet:
     flips: bool = False
     digest: str | None = None
     classes: int | None = None
+    prompts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -72,8 +75,9 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the exact pixels and labels, and nothing else: neither a path, nor the dataset's name, nor `flips`."""
-        return self.digest or digest_of_images(self.images, self.labels)
+        """Names the exact pixels, labels and prompts: neither a path, nor the dataset's name, nor `flips`."""
+        digest = self.digest or digest_of_images(self.images, self.labels)
+        return digest if self.prompts is None else digest_of([digest, *self.prompts])
 
     def batches(self, batch_size: int, seed: int, stage: int, rank: int = 0, world: int = 1, start: int = 0) -> Any:
         """Batches for training from step `start`: `batch_size` images for this rank at each step.

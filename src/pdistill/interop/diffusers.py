@@ -62,6 +62,11 @@ class Pipeline:
         """(C, H, W)."""
         return image_shape_of(self.pipeline.unet)
 
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """The same: pipelines of latents are not measured."""
+        return self.image_shape
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that name the weights and what the scheduler makes of them."""

@@ -82,7 +82,7 @@ class Codec:
         return pixel_shape_of(_read(self.folder / "unet"), _read(self.folder / "vae"))
 
     @functools.cached_property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         """The autoencoder, in eval mode, float32."""
         return self._component("vae", AutoencoderKL)
 
@@ -116,13 +116,13 @@ class Codec:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> latents (B, c, h, w): the posterior's mean, times `scaling_factor`."""
-        vae: Any = self.vae.to(images.device)
+        vae = self.vae.to(images.device)
         return vae.encode(images).latent_dist.mean * vae.config["scaling_factor"]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> images (B, C, H, W), about [-1, 1]."""
-        vae: Any = self.vae.to(latents.device)
+        vae = self.vae.to(latents.device)
         parts = (latents / vae.config["scaling_factor"]).split(DECODED_AT_ONCE)
         return torch.cat([vae.decode(part).sample for part in parts])
 
@@ -206,9 +206,8 @@ def write(denoiser: "Denoiser", weights: dict[str, Tensor], metadata: dict[str, 
     if codec is None:
         raise UserError("a UNet2DConditionModel is stored with its autoencoder and text encoder: give Denoiser(codec=)")
     network: Any = denoiser.network
-    config = {k: v for k, v in network.config.items() if not k.startswith("_")} | {
-        "_class_name": "UNet2DConditionModel"
-    }
+    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    config |= {"_class_name": "UNet2DConditionModel"}
     if denoiser.guidance is not None and config["time_cond_proj_dim"] is None:
         channels = config["block_out_channels"][0]
         config |= {"time_cond_proj_dim": GUIDANCE_FEATURES, GUIDANCE_IGNORED: True}
@@ -250,7 +249,8 @@ def read(directory: Path) -> UNet2DConditionModel:
 
 def _scheduler(denoiser: "Denoiser") -> DPMSolverMultistepScheduler:
     """DDIM without clipping, at the timesteps round(T i / N) - 1."""
-    schedule, kind = denoiser.schedule, PREDICTION_TYPES.get(type(denoiser.parameterization))
+    schedule = denoiser.schedule
+    kind: Any = PREDICTION_TYPES.get(type(denoiser.parameterization))  # type: ignore[call-overload]
     if not isinstance(schedule, BetaSchedule) or kind is None:
         raise UserError("a UNet2DConditionModel is stored with a schedule of betas, predicting eps, x or v")
     return DPMSolverMultistepScheduler(

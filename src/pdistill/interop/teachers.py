@@ -38,8 +38,7 @@ FOREIGN = {
     "transformer": "its network is a transformer",
     "prior": "its network is a prior, not one of images",
 }
-EARLY = ", of an early diffusers, which today's cannot load"
-NETWORKS = dict.fromkeys(("UNetModel", "UNetUnconditionalModel", "DDPM"), EARLY)
+EARLY_NETWORKS = ("UNetModel", "UNetUnconditionalModel", "DDPM")
 TIME_EMBEDDINGS = {
     "fourier": " (variance exploding), whose output is divided by the time",
     "learned": ", which has no times between its own: give the model that it was made from",
@@ -57,8 +56,8 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     It keeps its own noise schedule and the timesteps that it was trained with. `revision` is a branch, tag or commit of
     a model on the hub. `null_label` is the class that stands for none, where it was trained so: the last one. Learned
     variances are dropped. A Stable Diffusion folder becomes a denoiser of latents, at the times that it was trained at
-    alone, whose condition is its `codec`'s. Its lineage is ["diffusers:<hub id or folder name>"]. Raises UserError for what is missing,
-    damaged or not supported.
+    alone, whose conditions its `codec` makes of prompts. Its lineage is ["diffusers:<hub id or folder name>"]. Raises
+    UserError for what is missing, damaged or not supported.
     """
     name = str(path)
     on_hub = not _is_folder(name)
@@ -186,7 +185,8 @@ def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -
     if reason := _remote_code(config):
         raise _refusal(name, reason)
     if kind != "UNet2DModel":
-        raise _refusal(name, f"its network is a {kind}{NETWORKS.get(str(kind), '')}")
+        early = ", of an early diffusers, which today's cannot load" if kind in EARLY_NETWORKS else ""
+        raise _refusal(name, f"its network is a {kind}{early}")
     if time != "positional":
         raise _refusal(name, f"its time embedding is {time!r}{TIME_EMBEDDINGS.get(str(time), '')}")
     if config.get("class_embed_type") is not None:

@@ -63,7 +63,8 @@ class FID:
     def provenance(self, denoiser: Denoiser, num_steps: int, sampler: str = "ddim") -> Provenance:
         """What the metric is measured with."""
         shared = measured_with(self.extractor, self.data, self.num_samples, self.seed, self.device)
-        return shared | drawn_by(denoiser.fingerprint, sampler, num_steps, self._draw(num_steps, sampler).clip)
+        clip = self._draw(num_steps, sampler).clip and denoiser.clips
+        return shared | drawn_by(denoiser.fingerprint, sampler, num_steps, clip)
 
     def _draw(self, num_steps: int, sampler: str) -> Draw:
         return Draw(num_steps, self.seed, self.batch_size, sampler)

@@ -220,7 +220,7 @@ def _object(path: Path) -> dict[str, Any]:
 def _facts(model: Model) -> list[tuple[str, str]]:
     """What the model is, as lines of a table."""
     denoiser = model.denoiser
-    channels, height, width = denoiser.image_shape
+    channels, height, width = denoiser.pixel_shape
     lineage = [word if isinstance(word, str) else _steps(word) for word in denoiser.lineage]
     facts = [
         ("images", f"{height}x{width}, {channels} channel{'s' * (channels > 1)}"),

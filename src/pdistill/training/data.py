@@ -41,7 +41,9 @@ class ImageDataModule(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """The images as floats in [-1, 1], made where they are used: bytes travel faster."""
+        """The images as floats in [-1, 1], made where they are used: bytes travel faster. Halves become floats, too."""
+        if condition := batch.get("condition"):
+            batch = batch | {"condition": {name: tensor.float() for name, tensor in condition.items()}}
         return batch | {"image": to_float(batch["image"])}
 
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from pdistill import lora
 from pdistill.denoiser import Denoiser
 from pdistill.method import BeforeUpdate, Begins, Method
 from pdistill.method.halving import Halving
@@ -36,6 +37,10 @@ class DistillationModule(DenoisingModule):
             student = method.begin(student, stage)
         student.num_steps = None if stage.called else stage.num_steps
         student.lineage = [*student.lineage, stage.name if stage.called or stage.counts else stage.num_steps]
+        if recipe.lora_rank is None:
+            student.adapters = None  # which say what was added to weights that now change
+        else:
+            lora.add(student, recipe.lora_rank)
         settings = recipe.settings
         super().__init__(student, recipe, stage.index, annealing(settings, stage.updates), stage.updates)
         self.weighting = with_loss(recipe.weighting, settings.loss, settings.huber_c)

@@ -12,6 +12,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pdistill import lora
 from pdistill.denoiser import Denoiser
 from pdistill.network import set_dropout
 from pdistill.optimizer import Factor, adamw
@@ -36,7 +37,9 @@ class Recipe:
     seed: int = 0
     """Of the noise, the times, the dropout and the hidden labels."""
     label_dropout: float = 0.0
-    """Share of labels hidden from a network with a null label."""
+    """Share of labels, or prompts, hidden from a network that knows what none means."""
+    lora_rank: int | None = None
+    """Of a student's adapters, which alone are trained; None: the whole network is."""
 
 
 class DenoisingModule(LightningModule):
@@ -50,7 +53,7 @@ class DenoisingModule(LightningModule):
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor, updates: int) -> None:
         super().__init__()
-        self.denoiser = denoiser.requires_grad_(True).train()
+        self.denoiser = lora.freeze_the_others(denoiser).train()
         self.recipe = recipe
         self.stage_index = stage
         self.lr_factor = lr_factor
@@ -90,8 +93,9 @@ class DenoisingModule(LightningModule):
             return condition
         null = self.denoiser.null_condition(condition)
         if isinstance(condition, dict) and isinstance(null, dict):
-            return condition | {"label": self._hidden(condition["label"], null["label"])}
-        return self._hidden(condition, null)
+            hidden = self._hides(next(iter(condition.values())))
+            return {k: torch.where(_like(hidden, v), null[k], v) for k, v in condition.items()}
+        return torch.where(self._hides(condition), null, condition)  # type: ignore[arg-type]
 
     def _guided(self, condition: Condition) -> Condition:
         low, high = self.denoiser.guidance or (1.0, 1.0)
@@ -101,8 +105,8 @@ class DenoisingModule(LightningModule):
         drawn = torch.rand(len(tensor), device=tensor.device)
         return self.denoiser.told(condition, low + (high - low) * drawn)
 
-    def _hidden(self, label: Any, null: Any) -> Tensor:
-        return torch.where(torch.rand(len(label), device=label.device) < self.recipe.label_dropout, null, label)
+    def _hides(self, condition: Tensor) -> Tensor:
+        return torch.rand(len(condition), device=condition.device) < self.recipe.label_dropout
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         key = (self.recipe.seed, self.stage_index, int(batch["step"]), self.global_rank)
@@ -116,7 +120,8 @@ class DenoisingModule(LightningModule):
         self.averages = [partial(get_ema_multi_avg_fn(d), tuple(ema.parameters()), weights, None) for d, ema in pairs]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.recipe.optimizer(self.denoiser.parameters(), self.recipe.settings)
+        trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+        optimizer = self.recipe.optimizer(trained, self.recipe.settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -144,3 +149,8 @@ class DenoisingModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         for average in self.averages:
             average()
+
+
+def _like(hidden: Tensor, tensor: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), of as many dimensions as the tensor."""
+    return hidden.view(-1, *[1] * (tensor.ndim - 1))

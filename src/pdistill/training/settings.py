@@ -150,6 +150,18 @@ class Guiding(Conversion):
 
 
 @dataclass
+class Lora:
+    """Of students that train adapters beside their teacher's frozen weights."""
+
+    rank: int | None = None
+    """Of the adapters, e.g. 8 or 64, beside the attention's projections; null: the whole network is trained."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            whole("lora.rank", self.rank, 1)
+
+
+@dataclass
 class Steps:
     """The plan of step counts."""
 
