@@ -113,7 +113,7 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         lora.check(settings.lora.rank, template.network)
         if any(stage.counts for stage in plan):
             raise UserError(
-                f"lora.rank={settings.lora.rank} keeps the last layer, and method=parallel_decoding trains it"
+                f"lora.rank={settings.lora.rank} keeps the last layer, which this method trains: leave it out"
             )
     data = encoded_for(given, data, device)
     num_steps = settings.steps.plan[0]

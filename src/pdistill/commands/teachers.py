@@ -6,6 +6,7 @@ resolution and classes; `recipe` has set the keys that follow from it.
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -56,7 +57,7 @@ def images_of(settings: Train, teacher: Denoiser | None = None, device: torch.de
     if teacher is not None and teacher.codec is not None:
         raise UserError(
             f"dataset=none makes samples of classes, and teacher={settings.teacher} is conditioned on text: give "  # type: ignore[attr-defined]
-            f"images with prompts, dataset=image_folder dataset.prompt=..."
+            f"images with prompts, dataset=image_folder \"dataset.prompt='a photo of a {{label}}'\""
         )
     if teacher is None:
         raise UserError("dataset=none has no images to train a teacher on: give distill.py teacher=..., or a dataset")
@@ -65,10 +66,11 @@ def images_of(settings: Train, teacher: Denoiser | None = None, device: torch.de
 
 def encoded_for(teacher: Denoiser | None, data: ImageSet, device: torch.device | str) -> ImageSet:
     """The data as the teacher sees it: of a text-to-image teacher latents, and prompts, which its directories keep."""
-    if teacher is None or teacher.codec is None:
+    codec: Any = None if teacher is None else teacher.codec
+    if codec is None:
         return data
-    encoded = latents.encoded(data, teacher.codec, device)
-    teacher.codec.prompts = list(encoded.prompts or ())
+    encoded = latents.encoded(data, codec, device)
+    codec.prompts = list(encoded.prompts or ())
     return encoded
 
 

@@ -148,7 +148,7 @@ def _fields_of(prompt: str) -> set[str]:
     if not fields or not all(field.isidentifier() for field in fields):
         raise UserError(
             f"dataset.prompt={prompt} would be the same for every image: put {{label}}, the sub-folder, or a name of "
-            f'{METADATA} into it, e.g. dataset.prompt="a photo of a {{label}}"'
+            f"{METADATA} into it, e.g. \"dataset.prompt='a photo of a {{label}}'\""
         )
     return fields
 
