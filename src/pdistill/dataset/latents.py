@@ -62,8 +62,8 @@ def check_prompts(data: ImageSet) -> None:
     if data.prompts is None or data.labels is None:
         raise UserError(
             f"a text-to-image teacher needs images with prompts, and dataset {data.name} has none: use "
-            f"dataset=image_folder with \"dataset.prompt='a photo of a {{label}}'\" (its sub-folders) or '{{text}}' (of "
-            f"its metadata.jsonl)"
+            f"dataset=image_folder with \"dataset.prompt='a photo of a {{label}}'\" (its sub-folders) or '{{text}}' "
+            f"(of its metadata.jsonl)"
         )
 
 
