@@ -323,8 +323,8 @@ def sigmas(name: str):
 
 # What is refused: what is done to a good folder, and what the line says.
 REFUSED = {
-    "conditioned on text": (set_unet(_class_name="UNet2DConditionModel"), "UNet2DConditionModel, conditioned on text"),
-    "a text encoder": (set_index(text_encoder=["transformers", "CLIPTextModel"]), "conditioned on text"),
+    "conditioned on text": (set_unet(_class_name="UNet2DConditionModel"), "it holds no vae/config.json"),
+    "a text encoder": (set_index(text_encoder=["transformers", "CLIPTextModel"]), "is a UNet2DConditionModel"),
     "latents": (set_index(vae=["diffusers", "AutoencoderKL"]), "works on latents (vae)"),
     "old latents": (set_index(vqvae=["diffusers", "VQModel"]), "works on latents (vqvae)"),
     "transformers": (set_index(transformer=["diffusers", "DiTTransformer2DModel"]), "its network is a transformer"),

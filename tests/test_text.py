@@ -335,7 +335,7 @@ def test_adapters_in_a_network_of_pixels(tiny):
     again = copy.deepcopy(merged)
     lora.add(again, 2)
     assert torch.allclose(again(z, t), student(z, t), atol=1e-5)
-    with pytest.raises(UserError, match="lora.rank=3, and what the student starts from has adapters of rank 2"):
+    with pytest.raises(UserError, match="what the student starts from has adapters of rank 2"):
         lora.add(merged, 3)
     with pytest.raises(UserError, match="this Conv2d has none"):
         lora.check(2, torch.nn.Conv2d(1, 1, 1))

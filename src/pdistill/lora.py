@@ -83,6 +83,7 @@ def merged(denoiser: Denoiser) -> Denoiser:
         whole.adapters |= {f"{name}.{A}.weight": a.cpu(), f"{name}.{B}.weight": b.cpu()}
         parent, _, child = name.rpartition(".")
         whole.network.get_submodule(parent)._modules[child] = linear
+    vars(whole.network).pop("peft_config", None)
     return whole
 
 

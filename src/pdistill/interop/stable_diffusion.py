@@ -10,7 +10,6 @@ Denoiser of latents; everything else of the folder is its `Codec`. A student's d
 """
 
 import functools
-import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
@@ -89,17 +88,12 @@ class Codec:
     @functools.cached_property
     def text_encoder(self) -> Any:
         """The text encoder, in eval mode, float32."""
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        return self._component("text_encoder", transformers.CLIPTextModel)
+        return self._component("text_encoder", check_packages().CLIPTextModel)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer."""
-        import transformers
-
-        return self._component("tokenizer", transformers.CLIPTokenizer)
+        return self._component("tokenizer", check_packages().CLIPTokenizer)
 
     def _component(self, name: str, kind: Any) -> Any:
         diffusers.utils.logging.disable_progress_bar()
@@ -192,8 +186,6 @@ def refusal(folder: Path, unet: dict[str, Any]) -> str | None:
             f"its network reads text of {unet.get('cross_attention_dim')} numbers a token, and its text encoder gives "
             f"{text.get('hidden_size')}"
         )
-    if importlib.util.find_spec("transformers") is None:
-        return "its text encoder needs the package transformers: pip install 'pdistill[text]'"
     return None
 
 
@@ -264,6 +256,16 @@ def _scheduler(denoiser: "Denoiser") -> DPMSolverMultistepScheduler:
         thresholding=False,
         steps_offset=1,  # what StableDiffusionPipeline wants to see; trailing has no offset
     )
+
+
+def check_packages() -> Any:
+    """The package that text encoders are of, quietly. Raises UserError where it is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("text to image needs the package transformers: pip install 'pdistill[text]'") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _link(source: Path, target: Path) -> None:

@@ -171,6 +171,7 @@ def _refuse_text_to_image(folder: Path, name: str, config: dict[str, Any], null_
     """What the files of a model with text tell."""
     if reason := (_remote_code(config) or stable_diffusion.refusal(folder, config)):
         raise _refusal(name, reason)
+    stable_diffusion.check_packages()
     if null_label is not None:
         raise UserError(
             f"null_label={null_label}, and {name} knows no classes, but text: its empty prompt stands for none; leave "
