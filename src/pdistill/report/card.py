@@ -25,7 +25,7 @@ from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, r
 from pdistill.storage import DEFAULT_GRID
 
 MARK = "<!-- written by pdistill push -->"  # by which a folder is known as one that push may replace
-TASK = "unconditional-image-generation"
+TASK, TEXT_TASK = "unconditional-image-generation", "text-to-image"
 FROM_THE_HUB = "diffusers:"  # begins the lineage of a teacher that diffusers made
 HUB_DATASET = "pdistill.dataset.huggingface.load"
 REQUIRED = ("extractor", "reference", "num_samples", "num_steps")  # of a provenance
@@ -113,7 +113,7 @@ def make(model: Model, repo_id: str, license: str | None = None) -> ModelCard:
     related = {"base_model": model.base_model, "base_model_relation": "finetune"} if model.base_model else {}
     data = ModelCardData(
         library_name="pdistill" if pipeline is None else "diffusers",
-        pipeline_tag=TASK,
+        pipeline_tag=TASK if model.denoiser.codec is None else TEXT_TASK,
         license=license,
         tags=list(_tags(model, pipeline)),
         datasets=[model.dataset] if model.dataset else None,
