@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from pdistill import Denoiser, load_diffusers_teacher, lora, sample
@@ -408,8 +410,10 @@ def test_refused_by_name(place, tmp_path, case):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_input(place, told, smoke_denoiser):
-    """One line each, before any work."""
+def test_bad_input(place, told, smoke_denoiser, tmp_path):
+    """One line each, before any work; where there are captions they are taken."""
+    captioned = shutil.copytree(place / "images", tmp_path / "captioned")
+    (captioned / "metadata.jsonl").write_text('{"file_name": "zero/00.png"}')
     folder, images = f"teacher={place / 'v'}", f"dataset.path={place / 'images'}"
     ours = ("dataset=image_folder", images, "metrics=none", "name=bad", "steps.plan=[2,1]")
     words = "dataset.prompt='a handwritten {label}'"
@@ -419,11 +423,35 @@ def test_bad_input(place, told, smoke_denoiser):
         ("distill.py", folder, "metrics=none", "name=bad", "dataset=none"): "is conditioned on text: give images",
         ("distill.py", folder, *ours, words, "teacher_null_label=3"): "its empty prompt stands for none",
         ("distill.py", folder, *ours, words, "lora.rank=0"): "lora.rank=0 must be",
+        ("distill.py", folder, *ours, words, "lora.rank=2", "method=parallel_decoding"): "keeps the last layer",
+        ("distill.py", folder, *ours, words, "method=multistep_consistency"): "knows 1000 times: use no more",
+        ("distill.py", folder, *ours, f"dataset.path={captioned}"): "has no 'text' in metadata.jsonl",
         ("sample.py", f"denoiser={smoke_denoiser}", "prompt=a seven"): "has no text encoder: leave it out",
         ("sample.py", f"denoiser={smoke_denoiser}", "prompt=3"): "prompt=3 must be a text",
     }.items():
         status, error = told(*command)
         assert status == 2 and expected in error and error.count("\n") == 1, (command, error)
+
+
+def test_from_the_hub(place, tmp_path, monkeypatch):
+    """What tells of it first, then the weights of all components, in full precision alone."""
+    there, cache = shutil.copytree(place / "v", tmp_path / "there"), tmp_path / "cache"
+    for name in ("model.fp16.safetensors", "pytorch_model.bin"):
+        shutil.copy(there / "text_encoder" / "model.safetensors", there / "text_encoder" / name)
+
+    def snapshot_download(model, revision, allow_patterns, ignore_patterns):
+        names = [str(file.relative_to(there)) for file in there.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    teacher, original = load_diffusers_teacher("owner/name"), load_diffusers_teacher(place / "v")
+    assert teacher.fingerprint == original.fingerprint and teacher.lineage == ["diffusers:owner/name"]
+    parts = ("vae", "text_encoder", "tokenizer")
+    assert teacher.codec.digest(*parts) == original.codec.digest(*parts)
+    assert sorted(file.name for file in cache.glob("text_encoder/*")) == ["config.json", "model.safetensors"]
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from pdistill.processes import barrier, gather, is_main, of_main, rank, world_si
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
+from pdistill.schedule import DiscreteBetaSchedule
 from pdistill.steps import CONVERTED, GUIDED, Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
@@ -109,6 +110,7 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         check(template)
     converts = given is not None and given.architecture != template.architecture
     guides = _guides(settings, given or template)
+    _check_times(template, [*settings.steps.plan, *getattr(method, "range", ())])
     if settings.lora.rank is not None:
         lora.check(settings.lora.rank, template.network)
         if any(stage.counts for stage in plan):
@@ -147,6 +149,16 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             log_summary(job.loggers, rows, directory / "comparison.png")
             page.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
+
+
+def _check_times(denoiser: Denoiser, grids: list[int]) -> None:
+    """Refuses steps between times that are one and the same to the network."""
+    known = len(denoiser.schedule.alphas_cumprod) if isinstance(denoiser.schedule, DiscreteBetaSchedule) else None
+    if known is not None and max(grids) > known:
+        raise UserError(
+            f"steps.plan or the method asks for {max(grids)} steps, and the teacher knows {known} times: use no more, "
+            f"with method=multistep_consistency method.teacher_steps_to={known}"
+        )
 
 
 def _check(settings: Train, sections: list[Optimization]) -> None:
