@@ -52,7 +52,11 @@ class Numbered(IterableDataset):
         while True:
             first = (step * self.world + self.rank) * self.size
             number = torch.arange(first, first + self.size, dtype=torch.uint8)
-            yield {"image": number[:, None, None, None].expand(-1, 1, 8, 8).clone(), "step": step, "label": (number % 4).long()}
+            yield {
+                "image": number[:, None, None, None].expand(-1, 1, 8, 8).clone(),
+                "step": step,
+                "label": (number % 4).long(),
+            }
             step += 1
 
 

@@ -58,6 +58,9 @@ def new_student(settings: Distill, data: ImageSet, given: Denoiser | None) -> De
         return predicting(given, parameterization)
     if isinstance(given.parameterization, Heads) or given.guidance is not None:  # which no configuration names
         check_step_count(settings, given)
+        if settings.start is not None:
+            start = Denoiser.load(Path(settings.start).expanduser())
+            _refuse_differences(f"start={settings.start}", given, start)
         return given
     template = new_denoiser(settings, data)
     unstable = given.parameterization.name != parameterization.name and not given.parameterization.stable_at_zero_snr
@@ -99,9 +102,9 @@ def check_step_count(settings: Distill, teacher: Denoiser) -> None:
 def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
     ours, theirs = template.architecture, given.architecture
     wrong = [
-        f"{k} {theirs[k]!r}, configured {ours[k]!r}"
-        for k in ("parameterization", "schedule", "null_label", "image_shape")
-        if ours[k] != theirs[k]
+        f"{k} {theirs.get(k)!r}, configured {ours.get(k)!r}"
+        for k in ("parameterization", "schedule", "null_label", "image_shape", "guidance")
+        if ours.get(k) != theirs.get(k)
     ]
     wrong = [w.replace("{'name': ", "").replace("}", "") for w in wrong]
     keys = ours["network"].keys() | theirs["network"].keys()
