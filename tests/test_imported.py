@@ -243,7 +243,7 @@ def test_an_imported_teacher_is_guided(told, tmp_path, workplace):
         "teacher_null_label=10",
         "parameterization=v",
         "guidance=[1,3]",
-        "name=imported_guided",
+        "name=led",
     )
     updates = ("conversion.updates=2", "guiding.updates=2", "steps.updates_last_two=2", "steps.plan=[2,1]")
     options = ("dataset=none", "dataset.num_images=20", "metrics=none", "distillation.batch_size=4")
