@@ -99,6 +99,22 @@ def check_step_count(settings: Distill, teacher: Denoiser) -> None:
         )
 
 
+def check_guidance(denoiser: Denoiser, guidance: float, given: str, place: str) -> None:
+    """Raises UserError where the denoiser, which lies at `place`, cannot take this guidance; `given` is what was typed.
+
+    As `sample` would, but before any work.
+    """
+    if denoiser.guidance is not None:
+        low, high = denoiser.guidance
+        if not low <= guidance <= high:
+            cure = f"guidance {low:g} alone" if low == high else f"guidance from {low:g} to {high:g}"
+            raise UserError(f"{given}: {place} was taught {cure}: give that, or leave it out")
+    elif denoiser.num_classes is None:
+        raise UserError(f"{given}: {place} is not class-conditional: leave it out")
+    elif guidance != 1 and denoiser.null_label is None:
+        raise UserError(f"{given}: {place} does not know what no label means: it must be trained with label_dropout")
+
+
 def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
     ours, theirs = template.architecture, given.architecture
     wrong = [
