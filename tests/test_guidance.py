@@ -243,6 +243,8 @@ REFUSED = {
     "teacher=PLAIN guidance=2 conditional=true": "has no null label: give one trained with label_dropout",
     "teacher=STUDENT guidance=[1,5] conditional=true label_dropout=0.1 steps.plan=[2,1]": "was taught [1.0, 4.0]",
     "teacher=HALVED guidance=2 conditional=true label_dropout=0.1 steps.plan=[2,1]": "was distilled for 2 steps",
+    "teacher=TEACHER start=TEACHER guidance=2 conditional=true label_dropout=0.1": "leave start out",
+    "teacher=STUDENT start=TEACHER conditional=true label_dropout=0.1 steps.plan=[2,1]": "guidance None, configured",
     "guiding.updates=0": "guiding.updates=0 must be",
 }
 
@@ -250,6 +252,7 @@ REFUSED = {
 @pytest.mark.parametrize("typed", REFUSED)
 def test_what_is_refused_before_any_work(finished, teacher, told, tmp_path, typed):
     words = typed.replace("STUDENT", str(finished / "steps-0002" / "denoiser"))
+    words = words.replace("TEACHER", str(finished / "teacher" / "denoiser"))
     if "PLAIN" in typed or "HALVED" in typed:
         options = {"num_classes": 10 + ("HALVED" in typed)}
         denoiser = Denoiser.load(finished / "teacher" / "denoiser")

@@ -34,7 +34,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "metrics.settings",
     ),
     MATHS,
-    ("network", "denoiser", "heads", "lora"),
+    ("guided", "network", "denoiser", "heads", "lora"),
     ("interop",),
     ("storage",),
     ("steps", "optimizer", "dataset"),

@@ -145,8 +145,11 @@ class Distill(Train):
 
 
 def _are_two_numbers(values: Any) -> bool:
-    numbers = [isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values]
-    return len(numbers) == 2 and all(numbers)
+    return len(values) == 2 and _are_numbers(values)
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
 
 @dataclass
@@ -212,7 +215,9 @@ class Evaluate:
     samplers: Any = field(default_factory=lambda: ["ddim"])
     """One or a list of ddim, ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones; or all."""
     baselines: Any = None
-    """Samplers of the run's teacher to measure too, at the same network evaluations; or all."""
+    """Samplers of the run's teacher to measure too, in as many steps and at the same guidance; or all."""
+    guidance: Any = None
+    """2, or [1,2,4]: classifier-free guidance to measure each denoiser at; null: its own, 1, or what it was taught."""
     bootstrap: int = 20
     """Resamplings of the samples, for FID's interval; 0 for none."""
     extrapolate: bool = False
@@ -250,7 +255,7 @@ class Evaluate:
             )
         if self.name is not None and (not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith(".")):
             raise UserError(f"name={self.name} must be one file name of letters, digits and . + - _, e.g. name=first")
-        _ = self.step_counts, self.sampler_names, self.baseline_names
+        _ = self.step_counts, self.sampler_names, self.baseline_names, self.guidance_values
 
     @property
     def step_counts(self) -> list[int]:
@@ -263,6 +268,18 @@ class Evaluate:
         if not are_step_counts(counts):
             raise UserError(f"{key}={value} must be whole numbers, at least 1, e.g. num_steps=4 or num_steps=[1,2,4,8]")
         return counts
+
+    @property
+    def guidance_values(self) -> list[float | None]:
+        """What `guidance` lists; [None], the denoisers' own, for null. Raises UserError for other than numbers >= 0."""
+        if self.guidance is None:
+            return [None]
+        values = self.guidance if isinstance(self.guidance, list) else [self.guidance]
+        if not (values and _are_numbers(values) and min(values) >= 0):
+            raise UserError(
+                f"guidance={self.guidance} must be numbers, at least 0, e.g. guidance=2 or guidance=[1,2,4]"
+            )
+        return [float(value) for value in values]
 
     @property
     def sampler_names(self) -> list[str]:

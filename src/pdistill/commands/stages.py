@@ -239,6 +239,11 @@ def _guides(settings: Distill, teacher: Denoiser) -> bool:
     """Whether students are to be taught guidance that the teacher has not been. Raises UserError where it cannot be."""
     if settings.guidance is None:
         return False
+    if settings.start is not None and settings.teacher is not None and teacher.guidance is None:
+        raise UserError(
+            f"start={settings.start} is what the first student starts from, and with guidance={settings.guidance} that "
+            f"is the student of the stage before: leave start out"
+        )
     if teacher.guidance is not None:
         if teacher.guidance != settings.guidance_range:
             raise UserError(
