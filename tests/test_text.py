@@ -22,6 +22,7 @@ from pdistill import Denoiser, load_diffusers_teacher, lora, sample
 from pdistill.commands import cli
 from pdistill.dataset import digits, image_folder, latents
 from pdistill.errors import Interrupted, UserError
+from pdistill.report import card
 from pdistill.sampling import Draw, generate
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.module import Recipe
@@ -452,6 +453,15 @@ def test_from_the_hub(place, tmp_path, monkeypatch):
     parts = ("vae", "text_encoder", "tokenizer")
     assert teacher.codec.digest(*parts) == original.codec.digest(*parts)
     assert sorted(file.name for file in cache.glob("text_encoder/*")) == ["config.json", "model.safetensors"]
+
+
+def test_the_card(run):
+    """Says what it is, and the line that draws an image."""
+    directory = run / "steps-0001" / "denoiser"
+    text = str(card.make(card.Model(Denoiser.load(directory), directory, run, {}), "me/text"))
+    assert "pipeline_tag: text-to-image" in text and "A text-conditioned image model that samples" in text
+    assert 'pipeline("a handwritten eight", num_inference_steps=1, guidance_scale=2.0)' in text
+    assert "`guidance_scale` may be from 1 to 4" in text and "images of 8x8 pixels" in text
 
 
 @pytest.fixture
