@@ -93,8 +93,9 @@ class DenoisingModule(LightningModule):
             return condition
         null = self.denoiser.null_condition(condition)
         if isinstance(condition, dict) and isinstance(null, dict):
-            hidden = self._hides(next(iter(condition.values())))
-            return {k: torch.where(_like(hidden, v), null[k], v) for k, v in condition.items()}
+            nulls = {k: v for k, v in null.items() if v is not condition[k]}
+            hidden = self._hides(next(iter(nulls.values())))
+            return condition | {k: torch.where(_like(hidden, v), v, condition[k]) for k, v in nulls.items()}
         return torch.where(self._hides(condition), null, condition)  # type: ignore[arg-type]
 
     def _guided(self, condition: Condition) -> Condition:
