@@ -434,6 +434,15 @@ def test_bad_input(place, told, smoke_denoiser, tmp_path):
         assert status == 2 and expected in error and error.count("\n") == 1, (command, error)
 
 
+def test_without_the_extra(place, tiny, monkeypatch):
+    """One line for what is missing, and where it is got."""
+    for package in ("transformers", "peft"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for use in (lambda: load_diffusers_teacher(place / "v"), lambda: lora.add(tiny(), 2)):
+        with pytest.raises(UserError, match=r"needs the package \w+: pip install 'pdistill\[text\]'$"):
+            use()
+
+
 def test_from_the_hub(place, tmp_path, monkeypatch):
     """What tells of it first, then the weights of all components, in full precision alone."""
     there, cache = shutil.copytree(place / "v", tmp_path / "there"), tmp_path / "cache"

@@ -41,9 +41,9 @@ def add(denoiser: Denoiser, rank: int) -> None:
     Where the denoiser has adapters in its weights already, these are taken out and trained on. Raises UserError where
     their rank is another.
     """
+    check(rank, denoiser.network)
     import peft
 
-    check(rank, denoiser.network)
     kept = denoiser.adapters
     if kept and (theirs := min(next(iter(kept.values())).shape)) != rank:
         raise UserError(f"lora.rank={rank}, and what the student starts from has adapters of rank {theirs}: give that")

@@ -31,11 +31,18 @@ from pdistill.schedule import BetaSchedule, betas
 if TYPE_CHECKING:
     from pdistill.denoiser import Denoiser
 
-NEEDED = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
-LINKED = (*NEEDED, "safety_checker", "feature_extractor")
+CLASSES = {  # as model_index.json names them
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],  # which older folders call by a name that is gone
+}
+NEEDED = ("vae", "text_encoder", "tokenizer")
+LINKED = tuple(CLASSES)
 PROMPTS = "prompts.json"
 MOST_PROMPTS = 10_000  # that a directory keeps, evenly spread
-DECODED_AT_ONCE = 8  # images; of 512x512 pixels the autoencoder needs some 2 GB for each
+DECODED_AT_ONCE = 8  # images
 REMEMBERED = 256  # prompts whose embeddings are kept in memory
 COPIES = (".bin", ".msgpack", ".h5", ".ckpt")  # beside .safetensors
 GUIDANCE_IGNORED = "_takes_no_guidance"  # in unet/config.json: its input is for diffusers alone, and changes nothing
@@ -168,7 +175,8 @@ def refusal(folder: Path, unet: dict[str, Any]) -> str | None:
         return f"its network is a {unet.get('_class_name')}, and what text conditions is a UNet2DConditionModel"
     if reason := next((why for key, (known, why) in PLAIN.items() if unet.get(key) not in known), None):
         return reason
-    for name, kind in NEEDED.items():
+    for name in NEEDED:
+        kind = CLASSES[name][1]
         file = folder / name / ("tokenizer_config.json" if name == "tokenizer" else "config.json")
         if not file.exists():
             return f"it holds no {file.relative_to(folder)}, and a UNet2DConditionModel needs latents and text"
@@ -216,11 +224,9 @@ def write(denoiser: "Denoiser", weights: dict[str, Tensor], metadata: dict[str, 
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "requires_safety_checker": bool(theirs.get("requires_safety_checker", False)),
     }
-    libraries = {"vae": "diffusers"}
     for name in LINKED:
         there = (codec.folder / name).is_dir()
-        known = [libraries.get(name, "transformers"), NEEDED[name]] if name in NEEDED else [None, None]
-        index[name] = (theirs.get(name) or known) if there else [None, None]
+        index[name] = CLASSES[name] if there else [None, None]
         if there:
             _link(codec.folder / name, directory / name)
     write_json(directory / "model_index.json", index)
