@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pdistill import network as networks
 from pdistill import registry
 from pdistill.parameterization import Parameterization, broadcast
-from pdistill.sampling import Condition
+from pdistill.sampling import DDIM, Condition
 from pdistill.schedule import Schedule
 
 
@@ -20,7 +20,8 @@ class Denoiser(nn.Module):
     `condition` is None, labels (B,), or a dict of tensors whose first dimension is B. `num_steps` is the step count it
     was distilled for (None for a teacher); `lineage` lists the step counts of its ancestors, e.g. ["teacher", 16, 8].
     `null_label` is the label that stands for none, where the network was trained with label dropout: its last.
-    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel.
+    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `sampler` is the one that a student
+    was distilled for, by its name; `sample` takes it by default.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Denoiser(nn.Module):
         null_label: int | None = None,
         *,
         image_shape: tuple[int, int, int] | None = None,
+        sampler: str = DDIM,
     ) -> None:
         super().__init__()
         self.network = network
@@ -42,6 +44,7 @@ class Denoiser(nn.Module):
         self.lineage = lineage or ["teacher"]
         self.null_label = null_label
         self._image_shape = image_shape
+        self.sampler = sampler
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         alpha, sigma = (broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t)))
@@ -100,7 +103,12 @@ class Denoiser(nn.Module):
             "null_label": self.null_label,
             "image_shape": list(self.image_shape),
             "network": {"name": network["name"], **arguments},
-        }
+        } | self.sampler_if_another
+
+    @property
+    def sampler_if_another(self) -> dict[str, str]:
+        """How `sampler` is written down: not at all where it is ddim, as it was before there were others."""
+        return {} if self.sampler == DDIM else {"sampler": self.sampler}
 
     @property
     def fingerprint(self) -> str:

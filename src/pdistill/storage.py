@@ -20,6 +20,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, whole_directory, write_json
 from pdistill.interop import students
+from pdistill.sampling import DDIM
 
 FORMAT = 2  # 1, of version 0.1.0, is read too
 DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
@@ -69,7 +70,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "num_steps": denoiser.num_steps,
         "lineage": denoiser.lineage,
         "null_label": denoiser.null_label,
-    }
+    } | denoiser.sampler_if_another
     try:
         json.dumps(description)
     except TypeError as error:
@@ -97,6 +98,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         try:
             parameterization = _part("parameterization", description["parameterization"])
             schedule = _part("schedule", description["schedule"])
+            registry.find("sampler", sampler := description.get("sampler", DDIM))
             if made["name"] != "unet":
                 registry.find("network", made["name"])
         except UserError as error:
@@ -115,6 +117,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             description["lineage"],
             description.get("null_label"),
             image_shape=tuple(shape) if shape else None,
+            sampler=sampler,
         )
     except FileNotFoundError as error:
         raise UserError(

@@ -20,6 +20,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.interop.diffusers import Pipeline, is_pipeline
 from pdistill.processes import is_main
+from pdistill.sampling import sampler_of
 
 Model = Denoiser | Pipeline
 
@@ -69,7 +70,8 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
         path = path / "teacher" / "denoiser"  # of a run that has no students, or not yet
     if students:
         default = [int(student.parent.name.removeprefix("steps-")) for student in students]
-        found = [Contender("distilled", str(p), "ddim", n) for p, n in zip(students, default, strict=True)]
+        own = [sampler_of(load(str(p))) for p in students]
+        found = [Contender("distilled", str(p), s, n) for p, s, n in zip(students, own, default, strict=True)]
         teacher = path / "teacher" / "denoiser"
     else:
         default = getattr(load(str(path)), "step_counts", [])
@@ -85,12 +87,27 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
             pipeline.check_steps(n)
         found += [Contender(f"{path.name}, own scheduler", str(path), "own", n) for n in steps]
     elif not students:
-        own = "teacher" if path.parent.name == "teacher" else "denoiser"
-        found += [Contender(f"{own}, {name}", str(path), name, n) for name in settings.sampler_names for n in steps]
+        label = "teacher" if path.parent.name == "teacher" else "denoiser"
+        names = _fitting(load(str(path)), settings, "samplers") or [sampler_of(load(str(path)))]
+        found += [Contender(f"{label}, {name}", str(path), name, n) for name in names for n in steps]
     if settings.baseline_names and not teacher.exists():
         raise UserError(f"baselines={settings.baselines} are samplers of the teacher, and there is none at {teacher}")
-    found += [Contender(f"teacher, {name}", str(teacher), name, n) for name in settings.baseline_names for n in steps]
+    if settings.baseline_names:
+        names = _fitting(load(str(teacher)), settings, "baselines")
+        found += [Contender(f"teacher, {name}", str(teacher), name, n) for name in names for n in steps]
     return list(dict.fromkeys(found))
+
+
+def _fitting(model: Model, settings: Evaluate, key: str) -> list[str]:
+    """The samplers that a key lists; of all, those that the model takes. Raises UserError for one that it does not."""
+    names, found = settings.sampler_names if key == "samplers" else settings.baseline_names, []
+    for name in names:
+        try:
+            found.append(sampler_of(model, name))
+        except ValueError as error:
+            if getattr(settings, key) != "all":
+                raise UserError(f"{key}={getattr(settings, key)}: {error}") from error
+    return found
 
 
 def _check_steps(model: Model, steps: list[int]) -> None:

@@ -54,12 +54,18 @@ def _check(settings: Namespace) -> None:
 def _export(settings: Namespace, directory: Path) -> None:
     from pdistill.denoiser import Denoiser
     from pdistill.interop import export
+    from pdistill.sampling import DDIM
 
     if settings.format == "pt2":
         export.check_pt2()
     if (directory / "denoiser" / "denoiser.json").exists():  # of a stage
         directory /= "denoiser"
     denoiser = Denoiser.load(directory)
+    if denoiser.sampler != DDIM:
+        raise UserError(
+            f"{directory} was distilled for the sampler {denoiser.sampler}, and export writes {DDIM} alone: give a "
+            f"student of method.stochastic=false"
+        )
     num_steps = settings.steps or denoiser.num_steps
     if num_steps is None:
         raise UserError(f"{directory} is a teacher, made for no step count of its own: give --steps, e.g. --steps 16")

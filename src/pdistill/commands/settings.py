@@ -131,8 +131,9 @@ class Sample:
     """Of a class-conditional denoiser: 3, or [1,2] in turn; by default all classes in turn."""
     guidance: float = 1.0
     """Of a denoiser trained with label_dropout: 0 ignores the label, 1 is plain, 2 and more emphasise it."""
-    sampler: str = "ddim"
-    """Or ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one."""
+    sampler: str | None = None
+    """ddim, ancestral, stochastic, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one; by default
+    stochastic for students that were distilled for it, and ddim for all others."""
     variance: Any = "large"
     """Of the ancestral sampler: large, small, or a fraction between."""
     clip: bool = True
@@ -170,8 +171,9 @@ class Evaluate:
     """4, or [1,2,4,8]: network evaluations of an image; by default what the denoisers were distilled for."""
     steps: Any = None
     """The same by its former name."""
-    samplers: Any = field(default_factory=lambda: ["ddim"])
-    """One or a list of ddim, ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones; or all."""
+    samplers: Any = None
+    """One or a list of ddim, ancestral, stochastic, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones;
+    all: those that the denoiser takes; by default its own."""
     baselines: Any = None
     """Samplers of the run's teacher to measure too, at the same network evaluations; or all."""
     bootstrap: int = 20
@@ -227,7 +229,7 @@ class Evaluate:
 
     @property
     def sampler_names(self) -> list[str]:
-        """What `samplers` lists. Raises UserError for names that are not known."""
+        """What `samplers` lists; nothing by default. Raises UserError for names that are not known."""
         return self._names("samplers")
 
     @property
@@ -238,7 +240,7 @@ class Evaluate:
     def _names(self, key: str) -> list[str]:
         value, known = getattr(self, key), registry.names("sampler")
         names = known if value == "all" else [] if value is None else value if isinstance(value, list) else [value]
-        if not all(name in known for name in names) or (key == "samplers" and not names):
+        if not all(name in known for name in names) or (key == "samplers" and value == []):
             raise UserError(f"{key}={value} must be among {', '.join(known)}, or all")
         return names
 

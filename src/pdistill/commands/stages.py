@@ -27,6 +27,7 @@ from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
+from pdistill.method import check_sampler
 from pdistill.method.conversion import Conversion
 from pdistill.metrics.curve import measure_teacher
 from pdistill.metrics.extractors import build
@@ -34,7 +35,7 @@ from pdistill.metrics.fid import FID
 from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
-from pdistill.sampling import Draw, generate
+from pdistill.sampling import Draw, generate, sampler_of
 from pdistill.steps import CONVERTED, Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
@@ -94,13 +95,15 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     check = getattr(method, "check", lambda teacher: None)
     if given is not None:
         check(given)
+        check_sampler(method, given)
+        settings.metrics.check_samplers(partial(sampler_of, given))
     _check(settings, [settings.conversion if given else settings.training, settings.distillation])
     data = images_of(settings, given, _trainer(settings).strategy.root_device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
     if given is None:
         check(template)
-    converts = given is not None and given.architecture != template.architecture
+    converts = given is not None and given.architecture["parameterization"] != template.architecture["parameterization"]
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
         teacher = directory / "teacher"

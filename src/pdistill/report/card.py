@@ -22,6 +22,7 @@ from pdistill.files import read_json
 from pdistill.report import tables
 from pdistill.report.choices import Config
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, run_json
+from pdistill.sampling import DDIM
 from pdistill.storage import DEFAULT_GRID
 
 MARK = "<!-- written by pdistill push -->"  # by which a folder is known as one that push may replace
@@ -229,6 +230,8 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("noise schedule", _in_words("schedule", denoiser.schedule)),
         ("lineage", " -> ".join(lineage)),
     ]
+    if denoiser.sampler != DDIM:
+        facts.append(("sampler", denoiser.sampler))
     if denoiser.num_classes is not None:
         facts.append(("classes", str(denoiser.num_classes)))
     if model.base_model:
