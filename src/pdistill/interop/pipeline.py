@@ -24,7 +24,7 @@ TO_X: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {  # of (out
 
 
 class StudentPipeline(DiffusionPipeline):
-    """The sampler ddim, z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat), or stochastic, on a given grid.
+    """On a grid the sampler ddim, z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat), or stochastic.
 
     The latter (Meng et al., 2022, 2210.03142) takes such steps of double length, and after each goes half of it back by
     adding noise, z_m = (alpha_m / alpha_s) z_s + sqrt(sigma_m^2 - (alpha_m sigma_s / alpha_s)^2) eps.
