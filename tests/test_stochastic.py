@@ -26,7 +26,7 @@ from pdistill.parameterization import broadcast
 from pdistill.sampling import ddim_step, sampler_of
 from pdistill.schedule import FlowSchedule, logsnr_on_grid
 from pdistill.steps import Stage
-from pdistill.target import stochastic_target
+from pdistill.target import stochastic_route, x_along
 from pdistill.training.distillation import DistillationModule
 from pdistill.weighting import constant
 
@@ -92,7 +92,8 @@ class Learnt:
 
     def __call__(self, z, t, condition=None):
         self.evaluations += 1
-        return stochastic_target(self.teacher, z, t, self.num_steps, condition, self.teacher_steps)
+        route = stochastic_route(t, self.num_steps, self.teacher_steps, isinstance(self.teacher, Gaussian))
+        return x_along(route, self.teacher, z, condition)
 
 
 def jump(i: int, num_steps: int, teacher_steps: list[int]) -> list[Fraction]:
@@ -124,7 +125,7 @@ def test_a_learnt_jump_lands_where_the_teachers_steps_do(schedule, num_steps, k,
     z, t = noise(seed), torch.tensor(numbers, dtype=torch.float64) / num_steps
     x = learnt(z, t)
     assert before is None or teacher.evaluations == (k if num_steps > 1 else -(-k // 2))
-    assert stochastic_target(teacher, z.float(), t.float(), num_steps, None, k).isfinite().all()
+    assert learnt(z.float(), t.float()).isfinite().all()
     for number, z_t, x_target in zip(numbers, z[:, None], x[:, None], strict=True):
         times = [Fraction(number, num_steps), *jump(number, num_steps, [k] if before is None else [before, k])]
         assert times[-1] == Fraction(max(number - 2, 0), num_steps)

@@ -41,34 +41,7 @@ def distillation_target(
     predictions: the weights still add up to 1, and those of earlier predictions may be negative. Both are for teachers
     that were trained in continuous time: a student's DDIM steps are what it was taught.
     """
-    i = torch.round(t.double() * num_steps).long() * teacher_steps  # (B,) on the teacher's grid
-    route = Route([i - j for j in range(teacher_steps + 1)], num_steps * teacher_steps, t.dtype)
-    return x_along(route, teacher, z_t, condition, order=order, variance=variance)
-
-
-def stochastic_target(
-    teacher: Any,
-    z_t: Tensor,
-    t: Tensor,
-    num_steps: int,
-    condition: Condition = None,
-    teacher_steps: int = 2,
-    *,
-    order: int = 1,
-    variance: Variance | None = None,
-) -> Tensor:
-    """The same for a student of the stochastic sampler, whose step goes from i/N to s = max(i - 2, 0)/N (2210.03142).
-
-    The k = `teacher_steps` steps of a teacher of continuous time (`teacher.num_steps` is None) have the length
-    (t - s)/k. A student of k N steps takes those that it was taught, of 2/(k N), and of 1/(k N) where there is no more
-    to go: k of them, and half as many, rounded up, at i = 1.
-    """
-    i = torch.round(t.double() * num_steps).long()
-    end, continuous = (i - 2).clamp(min=0) * teacher_steps, getattr(teacher, "num_steps", None) is None
-    stride = i.clamp(max=2) if continuous else 2
-    steps = teacher_steps if continuous or num_steps > 1 else (teacher_steps + 1) // 2
-    points = [torch.maximum(i * teacher_steps - j * stride, end) for j in range(steps + 1)]
-    route = Route(points, num_steps * teacher_steps, t.dtype)
+    route = ddim_route(t, num_steps, teacher_steps)
     return x_along(route, teacher, z_t, condition, order=order, variance=variance)
 
 
@@ -83,6 +56,25 @@ class Route:
     points: Sequence[Tensor]
     grid: int
     dtype: torch.dtype
+
+
+def ddim_route(t: Tensor, num_steps: int, teacher_steps: int) -> Route:
+    """From t (B,), multiples of 1/num_steps above 0, to t - 1/num_steps in `teacher_steps` equal steps."""
+    i = torch.round(t.double() * num_steps).long() * teacher_steps  # (B,) on the teacher's grid
+    return Route([i - j for j in range(teacher_steps + 1)], num_steps * teacher_steps, t.dtype)
+
+
+def stochastic_route(t: Tensor, num_steps: int, teacher_steps: int, continuous: bool) -> Route:
+    """From t = i/N to max(i - 2, 0)/N, a step of a student of N steps for the stochastic sampler (2210.03142).
+
+    A teacher of `continuous` time takes k = `teacher_steps` equal steps. A student of k N steps takes those that it was
+    taught, of 2/(k N), and of 1/(k N) where there is no more to go: k of them, and half as many, rounded up, at i = 1.
+    """
+    i = torch.round(t.double() * num_steps).long()
+    end, stride = (i - 2).clamp(min=0) * teacher_steps, i.clamp(max=2) if continuous else 2
+    steps = teacher_steps if continuous or num_steps > 1 else (teacher_steps + 1) // 2
+    points = [torch.maximum(i * teacher_steps - j * stride, end) for j in range(steps + 1)]
+    return Route(points, num_steps * teacher_steps, t.dtype)
 
 
 def x_along(

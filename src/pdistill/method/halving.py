@@ -13,7 +13,7 @@ from pdistill.errors import UserError
 from pdistill.heads import first_heads
 from pdistill.sampling import DDIM, STOCHASTIC, Condition, noised
 from pdistill.steps import Stage, stages
-from pdistill.target import check_teacher_steps, distillation_target, stochastic_target, variance_of
+from pdistill.target import check_teacher_steps, ddim_route, stochastic_route, variance_of, x_along
 from pdistill.weighting import weighted_loss
 
 if TYPE_CHECKING:
@@ -70,16 +70,13 @@ class Halving:
         condition: Condition,
     ) -> tuple[Tensor, Tensor]:
         """At t = i/N, i ~ U{1, ..., N}: the weighted squared error to the target (B,), and logsnr (B,)."""
-        target = stochastic_target if self.stochastic else distillation_target
         i = torch.randint(1, stage.num_steps + 1, (len(x),), device=x.device)
         t = i / stage.num_steps
-        logsnr = student.schedule(t)
+        logsnr, continuous = student.schedule(t), teacher.num_steps is None
         z_t = noised(x, logsnr, student.schedule.alpha_sigma)
+        counts = stage.num_steps, stage.teacher_steps
+        route = stochastic_route(t, *counts, continuous) if self.stochastic else ddim_route(t, *counts)
         with torch.inference_mode():
-            arguments = (teacher, z_t, t, stage.num_steps, condition, stage.teacher_steps)
-            if teacher.num_steps is None:
-                variance = variance_of(self.addim, x)
-                x_target = target(*arguments, order=self.teacher_order, variance=variance)
-            else:
-                x_target = target(*arguments)
+            order, variance = (self.teacher_order, variance_of(self.addim, x)) if continuous else (1, None)
+            x_target = x_along(route, teacher, z_t, condition, order=order, variance=variance)
         return weighted_loss(weighting, student(z_t, t, condition), x_target, logsnr), logsnr
