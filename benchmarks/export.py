@@ -93,7 +93,7 @@ def main() -> None:
         parser.error(f"{options.denoiser} is a teacher: give a student")
     headings = ["sampler", *(f"ms per image, batch {batch}" for batch in BATCHES), "MB"]
     with tempfile.TemporaryDirectory() as folder:
-        runs = contestants(denoiser, export.Graph(denoiser.num_steps), Path(folder))
+        runs = contestants(denoiser, export.Graph(denoiser.num_steps, guidance=denoiser.default_guidance), Path(folder))
         files = {"ONNX": "a.onnx", "ONNX int8": "int8.onnx", "pt2": "a.pt2"}
         sizes = {name: f"{Path(folder, file).stat().st_size / 1e6:.1f}" for name, file in files.items()}
         taken = [seconds_per_image(runs, denoiser, batch, options.repeats) for batch in BATCHES]

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pdistill.denoiser import Denoiser
 from pdistill.sampling import sample
 from pdistill.steps import Stage
 from pdistill.training.distillation import DistillationModule
@@ -47,26 +46,6 @@ def test_classes_from_training_to_pictures(run, workplace):
 def test_labels_for_an_unconditional_denoiser_are_refused(smoke, run):
     status, _, err = run("sample.py", f"denoiser={smoke / 'steps-0001' / 'denoiser'}", "label=3")
     assert status == 2 and "is not class-conditional" in err
-
-
-def test_hidden_labels_and_guidance(run, workplace):
-    """From training with label dropout to a guided grid, and what guidance is refused for."""
-    options = ("conditional=true", "label_dropout=0.2", "steps.plan=[2,1]", "metrics=none", "name=guided")
-    status, _, err = run("distill.py", "experiment=smoke", *options)
-    assert status == 0, err
-    teacher = workplace / "outputs" / "guided" / "teacher" / "denoiser"
-    student = Denoiser.load(workplace / "outputs" / "guided" / "steps-0001" / "denoiser")
-    assert student.null_label == student.num_classes == 10
-    grid = workplace / "guided.png"
-    command = ("sample.py", f"denoiser={teacher}", "num_steps=4", "num_images=4", f"output={grid}")
-    status, _, err = run(*command, "guidance=3", "label=3")
-    assert status == 0 and grid.exists(), err
-    status, _, err = run(*command, "label=10")
-    assert status == 2 and "classes 0 to 9" in err
-    status, _, err = run("distill.py", f"teacher={teacher}", "conditional=true")
-    assert status == 2 and "null_label 10, configured None" in err
-    status, _, err = run("train.py", "label_dropout=0.1")
-    assert status == 2 and "add conditional=true" in err and err.count("\n") == 1
 
 
 def test_guidance_extrapolates_from_the_unlabelled_prediction(tiny):

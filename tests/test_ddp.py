@@ -14,6 +14,7 @@ from pdistill.training.teacher import TeacherModule
 
 SCRIPT = """
 import hashlib, json, os, signal, sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from test_training import STAGE, Numbered, StopAt, new_denoiser, recipe, setting
 
 from pdistill import processes
 from pdistill.errors import Interrupted, UserError
+from pdistill.method.guidance import Guidance
 from pdistill.method.tract import Tract
 from pdistill.training import callbacks
 from pdistill.training.data import ImageDataModule
@@ -75,10 +77,15 @@ start_processes(make_trainer(settings(HOME, trainer=TWO)))
 told = {"world": processes.world_size()}
 memory, losses, student = Memory(), Losses(), DistillationModule(new_denoiser(processes.rank()), STAGE, recipe())
 run(student, "whole", loggers=[memory], callbacks=[losses])
-told |= {"digest": digest(student), "logged": memory.logged, "losses": losses.losses}
+told |= {"digest": digest(student), "logged": memory.logged, "losses": losses.losses[:]}
 tract = DistillationModule(new_denoiser(processes.rank()), STAGE, recipe(), Tract())
 run(tract, "tract")
 told |= {"tract": digest(tract), "self_teacher": digest(tract.method.self_teacher)}
+labelled = new_denoiser(processes.rank(), num_classes=5)
+labelled.null_label = 4
+guided = DistillationModule(labelled, replace(STAGE, called="guided"), recipe(), Guidance(1, 5))
+run(guided, "guided", callbacks=[losses])
+told |= {"guided": digest(guided), "drawn": losses.losses[36:]}
 callbacks.SECONDS_TO_STOP = 1e-6
 only_one = [StopAt(2)] if processes.rank() == 1 else []
 teacher, bad = (kind(new_denoiser(processes.rank()), recipe()) for kind in (TeacherModule, BadShare))
@@ -115,6 +122,11 @@ def test_ranks_have_one_set_of_weights(told):
 def test_ranks_have_one_self_teacher(told):
     assert told[0]["self_teacher"] == told[1]["self_teacher"] and told[0]["tract"] == told[1]["tract"]
     assert told[0]["self_teacher"] != told[0]["tract"]
+
+
+def test_ranks_have_one_guided_student(told):
+    """Of which each draws guidance of its own."""
+    assert told[0]["guided"] == told[1]["guided"] and told[0]["drawn"] != told[1]["drawn"]
 
 
 def test_the_logged_loss_is_that_of_all_ranks(told):

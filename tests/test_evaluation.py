@@ -11,15 +11,21 @@ import torch
 import yaml
 
 from pdistill import registry
-from pdistill.commands.contenders import _known_datasets
+from pdistill.commands.contenders import _known_datasets, run_of
 from pdistill.commands.evaluate import Rows, evaluate
-from pdistill.commands.settings import Evaluate
+from pdistill.commands.sample import draw
+from pdistill.commands.settings import Evaluate, Sample
 from pdistill.dataset import ImageSet, digits
+from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.interop.diffusers import Pipeline
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.settings import Metrics
+from pdistill.network import with_guidance
+from pdistill.parameterization import V
+from pdistill.report import tables
 from pdistill.sampling import Draw
+from pdistill.schedule import CosineSchedule
 
 QUICK = partial(train_classifier, max_updates=20)
 
@@ -161,6 +167,92 @@ def test_what_diverges_is_refused_in_one_line(here, tiny):
         measured("lone", num_steps=2, samplers="diverging")
 
 
+@pytest.fixture
+def a_guided_run(tiny):
+    """a_guided_run(directory, low, high) -> a run of digits, its denoisers untrained: a teacher, and a student."""
+
+    def a_guided_run(directory: Path, low: float, high: float) -> Path:
+        teacher = Denoiser(tiny(num_classes=11).network, V(), CosineSchedule(), null_label=10)
+        teacher.save(directory / "teacher" / "denoiser")
+        network = with_guidance(teacher.network) if low < high else teacher.network
+        if low < high:
+            torch.nn.init.normal_(network.class_embedding.guidance.linear_2.weight)
+        options = {"num_steps": 2, "lineage": ["teacher", "guided", 2], "null_label": 10, "guidance": (low, high)}
+        Denoiser(network, V(), CosineSchedule(), **options).save(directory / "steps-0002" / "denoiser")
+        (directory / "config.yaml").write_text(yaml.dump({"dataset": {"_target_": "pdistill.dataset.digits"}}))
+        return directory
+
+    return a_guided_run
+
+
+def test_students_are_measured_at_the_guidance_that_they_were_taught(here, a_guided_run):
+    run = a_guided_run(here / "outputs" / "guided", 1.0, 5.0)
+    rows = measured(run, guidance=[1, 3], baselines="ddim")
+    labels = [f"{name}, guidance {g}" for name in ("distilled", "teacher, ddim") for g in (1, 3)]
+    assert [r["provenance"]["label"] for r in rows] == ["real images", *labels]
+    assert [r["provenance"]["guidance"] for r in rows[1:]] == [1.0, 3.0, 1.0, 3.0]
+    assert [r["provenance"].get("network_evaluations") for r in rows] == [None, None, None, None, 4]
+    assert rows[1]["fid_classifier"] != rows[2]["fid_classifier"]
+    assert tables.curves(rows)[1]["teacher, ddim, guidance 3"].keys() == {4}
+    headings, lines, _ = tables.cells(rows)
+    place = headings.index("evaluations")
+    assert [line[place - 1 : place + 1] for line in lines] == [["2", "2"]] * 3 + [["2", "4"], ["", ""]]
+    assert measured(run, guidance=[1, 3], baselines="ddim") == rows
+    (own,) = measured(run, name="own")[1:]
+    assert own["provenance"]["label"] == "distilled" and own["provenance"]["guidance"] == 1.0
+    assert own["fid_classifier"] == rows[1]["fid_classifier"]
+    assert run_of(run / "guided" / "denoiser") == run
+
+
+def test_baselines_are_measured_at_the_one_value_that_students_were_taught(here, a_guided_run):
+    rows = measured(a_guided_run(here / "outputs" / "guided", 2.0, 2.0), baselines="ddim")
+    assert [r["provenance"]["label"] for r in rows[1:]] == ["distilled", "teacher, ddim, guidance 2"]
+    assert [r["provenance"]["guidance"] for r in rows[1:]] == [2.0, 2.0]
+
+
+def test_the_classifier_says_how_often_it_sees_the_class_asked_for(here, tiny, a_guided_run, monkeypatch):
+    run = a_guided_run(here / "outputs" / "guided", 1.0, 5.0)
+    data = digits()
+
+    def real_ones(denoiser, batch, draw, device):
+        """Instead of samples: images of the classes in turn, but every tenth is of the one before."""
+        asked = [(i - (i % 10 == 9)) % 10 for i in batch]
+        yield torch.stack([data.images[data.labels == k][3] for k in asked]) / 127.5 - 1
+
+    monkeypatch.setattr("pdistill.commands.evaluate.generate", real_ones)
+    well = Metrics(partial(train_classifier, max_updates=200), 300)
+    rows = measured(run, metrics=well)
+    assert 0.75 < rows[1]["class_accuracy"] <= 0.9 and rows[1]["class_accuracy_std"] == pytest.approx(0.02, abs=0.01)
+    assert rows[0]["class_accuracy"] > 0.9
+    tiny().save("lone")
+    assert not any("class_accuracy" in row for row in measured("lone", num_steps=1, metrics=well))
+    tiny(num_classes=7).save("other")
+    assert not any("class_accuracy" in row for row in measured("other", num_steps=1, metrics=well))
+
+
+def test_guidance_that_cannot_be_is_refused_in_one_line(here, tiny, a_guided_run):
+    run = a_guided_run(here / "outputs" / "guided", 1.0, 5.0)
+    one = a_guided_run(here / "outputs" / "one", 2.0, 2.0)
+    tiny().save("lone")
+    tiny(num_classes=10).save("no_null")
+    foreign(here / "foreign", size=(8, 8))
+    for place, guidance, problem in (
+        (run, [2, 6], r"guidance=6: .*steps-0002/denoiser was taught guidance from 1 to 5"),
+        (one, 3, "guidance=3: .* was taught guidance 2 alone: give that, or leave it out"),
+        ("lone", 1, "guidance=1: lone is not class-conditional: leave it out"),
+        ("no_null", 2, "guidance=2: no_null does not know what no label means: .* label_dropout"),
+        ("foreign", 2, "guidance=2: foreign is an unconditional pipeline"),
+    ):
+        with pytest.raises(UserError, match=problem) as told:
+            measured(place, num_steps=2, guidance=guidance)
+        assert "\n" not in str(told.value)
+    assert not (here / "outputs" / "evaluations").exists()
+    plan = Sample(str(run / "steps-0002" / "denoiser"), guidance=0.5, num_images=2, output="a.png", device="cpu")
+    with pytest.raises(UserError, match=r"guidance=0\.5 must be from 1 to 5, which this denoiser was taught"):
+        draw(plan, run / "steps-0002" / "denoiser")
+    assert not Path("a.png").exists()
+
+
 def foreign(directory: Path, size=8, **scheduler) -> None:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
@@ -243,6 +335,9 @@ def test_several_processes_at_once_lose_no_rows(tmp_path):
         ({"steps": 1, "num_steps": 2}, "give one of them"),
         ({"samplers": ["nobody"]}, "samplers=.*must be among ddim"),
         ({"baselines": 3}, "baselines=3 must be among"),
+        ({"guidance": "much"}, "guidance=much must be numbers, at least 0, e.g. guidance=2"),
+        ({"guidance": [1, -1]}, r"guidance=\[1, -1\] must be numbers"),
+        ({"guidance": []}, r"guidance=\[\] must be numbers"),
         ({"name": "a/b"}, "name=a/b"),
         ({"extrapolate": True, "metrics": Metrics(QUICK, 5)}, "metrics.num_samples=5 must be at least 20"),
     ],

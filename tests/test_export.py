@@ -14,6 +14,7 @@ from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.interop import export
+from pdistill.network import unet, with_guidance
 from pdistill.parameterization import Edm, V
 from pdistill.schedule import BetaSchedule, CosineSchedule, EdmSchedule, FlowSchedule
 
@@ -82,6 +83,73 @@ def test_a_network_of_diffusers_own_recipe_is_traced_for_any_batch():
         assert (traced(noise_of(size)) - sample(denoiser, noise_of(size), 2)).abs().max() < 1e-4
 
 
+def guided(tiny, low: float, high: float, kind: str = "v") -> Denoiser:
+    """A student of 2 steps that was taught guidance from low to high, and heeds it."""
+    denoiser = made(tiny, kind, classes=4)
+    denoiser.num_steps, denoiser.guidance = 2, (low, high)
+    if denoiser.takes_guidance:
+        denoiser.network = with_guidance(denoiser.network)
+        torch.nn.init.normal_(denoiser.network.class_embedding.guidance.linear_2.weight)
+    return denoiser.eval()
+
+
+@torch.no_grad()
+def test_guidance_is_an_input_where_a_range_was_taught(tiny):
+    denoiser, label = guided(tiny, 1.0, 5.0), torch.tensor([0, 1, 2])
+    module = export.Sampler(denoiser, export.Graph(2, dtype="float32"))
+    ours = [sample(denoiser, noise_of(3), 2, label, guidance=g) for g in (1.0, 2.5, 5.0)]
+    assert (ours[0] - ours[2]).abs().max() > 1e-2
+    images = module(noise_of(3), label, torch.tensor([1.0, 2.5, 5.0]))
+    each = torch.stack([ours[k][k] for k in range(3)])
+    torch.testing.assert_close(images, each, atol=1e-5, rtol=0)
+    fixed = export.Sampler(denoiser, export.Graph(2, guidance=2.5, dtype="float32"))
+    torch.testing.assert_close(fixed(noise_of(3), label), ours[1], atol=1e-5, rtol=0)
+    one = guided(tiny, 2.0, 2.0)
+    ours = sample(one, noise_of(3), 2, label)
+    module = export.Sampler(one, export.Graph(2, dtype="float32"))
+    torch.testing.assert_close(module(noise_of(3), label), ours, atol=1e-5, rtol=0)
+
+
+def test_the_command_writes_guidance_as_an_input(tmp_path, capsys):
+    import onnxruntime
+
+    def smallest(name: str, num_classes: int) -> Denoiser:
+        network = unet(8, 1, 1, 32, 32, [1], 1, [], num_classes=num_classes)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
+        return Denoiser(network, V(), CosineSchedule())
+
+    student = guided(smallest, 1.1, 4.9)
+    student.num_steps = 1
+    student.save(directory := tmp_path / "guided")
+    command.main([str(directory)])
+    names: dict = {}
+    exec("\n".join(line.strip() for line in capsys.readouterr().out.splitlines()[-3:]), names)
+    assert names["images"].shape == (16, 1, 8, 8) and names["inputs"]["guidance"].dtype == "float32"
+    session = onnxruntime.InferenceSession(tmp_path / "guided-1-steps.onnx")
+    assert [given.name for given in session.get_inputs()] == ["noise", "label", "guidance"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["pdistill_guidance"]) == [1.1, 4.9]
+    denoiser, run = Denoiser.load(directory), export.open_onnx(tmp_path / "guided-1-steps.onnx")
+    for size in (1, 65):
+        labels, guidance = torch.arange(size) % 3, torch.full((size,), 3.0)
+        ours = to_uint8(sample(denoiser, noise_of(size), 1, labels, guidance=3.0)).int()
+        off = (run(noise_of(size), labels, guidance).int() - ours).abs()
+        assert off.max() <= 1 and off.float().mean() < 1e-2
+    assert (run(noise_of(65), labels, torch.full((65,), 1.1)).int() - ours).abs().max() > 10
+
+
+def test_what_a_file_says_of_guidance_and_is_checked_with(tiny):
+    ranged, one, plain = guided(tiny, 1.0, 5.0), guided(tiny, 2.0, 2.0), made(tiny, "v", classes=4)
+    said = lambda denoiser, g: export._metadata(denoiser, export.Graph(2, guidance=g))["pdistill_guidance"]  # noqa: E731
+    assert [json.loads(said(ranged, g)) for g in (None, 3.0)] == [[1.0, 5.0], 3.0]
+    assert [json.loads(said(denoiser, None)) for denoiser in (one, plain)] == [2.0, 1.0]
+    graph = export.Graph(2, dtype="float32")
+    module = torch.no_grad()(export.Sampler(ranged, graph))
+    assert export.difference(ranged, graph, module).largest < 1e-5
+    deaf = lambda noise, label, guidance: module(noise, label, torch.full_like(guidance, 1.0))  # noqa: E731
+    assert export.difference(ranged, graph, deaf).largest > 1e-2
+
+
 def check(denoiser: Denoiser, graph: export.Graph, run: export.Run, label: bool = False) -> None:
     """Parity with `sample` at batch sizes that the file was not made with, and around diffusers' branch."""
     for size in (1, 3, 65):
@@ -99,8 +167,6 @@ def check(denoiser: Denoiser, graph: export.Graph, run: export.Run, label: bool 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """A student's directory: 2 steps, random weights."""
-    from pdistill.network import unet
-
     torch.manual_seed(0)
     network = unet(8, 1, 1, 32, 32, [1, 1], 1, [])
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
@@ -137,7 +203,7 @@ def test_float_images_under_onnxruntime(student, tmp_path):
 
 def test_a_file_that_differs_is_not_written(student, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "write_onnx", lambda denoiser, graph, file, int8: file.write_bytes(b"no graph"))
-    monkeypatch.setattr(export, "open_onnx", lambda file: lambda noise, label: torch.zeros_like(noise))
+    monkeypatch.setattr(export, "open_onnx", lambda file: lambda noise: torch.zeros_like(noise))
     for extra in ([], ["--int8"]):
         with pytest.raises(UserError, match="nothing was written"):
             command.main([str(student), "--output", str(tmp_path / "a.onnx"), "--dtype", "float32", *extra])
@@ -152,14 +218,23 @@ BAD = [
     ("STUDENT --output FOLDER", "is a directory: give a file"),
     ("STUDENT --output a.pt2", "must end in .onnx"),
     ("STUDENT --format pt2 --int8", "--int8 is for --format onnx"),
-    ("STUDENT --guidance 2", "trained with label_dropout"),
+    ("STUDENT --guidance 2", "not class-conditional: leave it out"),
+    ("STUDENT --guidance nan", "must be a number"),
+    ("NO_NULL --steps 1 --guidance 2", "trained with label_dropout"),
+    ("RANGE --guidance 6", "was taught guidance from 1 to 5: give that, or leave it out"),
+    ("ONE --guidance 3", "was taught guidance 2 alone: give that, or leave it out"),
 ]
 
 
 @pytest.mark.parametrize(("typed", "said"), BAD)
 def test_bad_input_is_told_in_one_line(typed, said, student, tiny, tmp_path):
-    tiny().save(tmp_path / "teacher")
-    places = {"STUDENT": str(student), "TEACHER": str(tmp_path / "teacher"), "FOLDER": str(tmp_path)}
+    places = {"STUDENT": str(student), "FOLDER": str(tmp_path)}
+    makers = {"TEACHER": tiny, "NO_NULL": lambda: tiny(num_classes=3)}
+    makers |= {"RANGE": lambda: guided(tiny, 1.0, 5.0), "ONE": lambda: guided(tiny, 2.0, 2.0)}
+    for name, make in makers.items():
+        if name in typed:
+            make().save(tmp_path / name)
+            places[name] = str(tmp_path / name)
     with pytest.raises(UserError, match=said) as error:
         command.main([places.get(word, word) for word in typed.split()])
     assert "\n" not in str(error.value)
@@ -196,6 +271,13 @@ def test_parity(tiny, tmp_path, case, form):
     denoiser, file = made(tiny, kind, schedule, classes), tmp_path / f"sampler.{form}"
     (export.write_onnx if form == "onnx" else export.write_pt2)(denoiser, graph, file)
     check(denoiser, graph, (export.open_onnx if form == "onnx" else export.open_pt2)(file), classes is not None)
+
+
+@pytest.mark.slow
+def test_a_package_takes_guidance(tiny, tmp_path):
+    denoiser, graph, file = guided(tiny, 1.0, 5.0), export.Graph(2, dtype="float32"), tmp_path / "sampler.pt2"
+    export.write_pt2(denoiser, graph, file)
+    assert export.difference(denoiser, graph, export.open_pt2(file), (1, 3, 65)).largest < 1e-4
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def converted(teacher: Denoiser, clip: bool, updates: int = 200) -> Denoiser:
     student, method = predicting(teacher, V()).train(), Conversion(clip)
     optimizer = torch.optim.Adam(student.parameters(), 1e-3)
     images = to_float(digits().images)
-    stage = Stage(2, 8, 0, 1, updates, continuous=True)
+    stage = Stage(2, 8, 0, 1, updates, called="converted")
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - update / updates)
         x = images[torch.randint(len(images), (64,))]
@@ -233,3 +233,23 @@ def test_other_weights_at_the_same_place_are_noticed(told, chain, eps_teacher, t
     write(tmp_path / "moved")
     status, err = told(*command, f"teacher={tmp_path / 'moved'}")
     assert status == 2 and "holds other weights now" in err
+
+
+def test_an_imported_teacher_is_guided(told, tmp_path, workplace):
+    """An epsilon model with a null class: converted, taught guidance, and halved; without an image."""
+    folder = write(tmp_path / "model", num_class_embeds=11)
+    given = (
+        f"teacher={folder}",
+        "teacher_null_label=10",
+        "parameterization=v",
+        "guidance=[1,3]",
+        "name=led",
+    )
+    updates = ("conversion.updates=2", "guiding.updates=2", "steps.updates_last_two=2", "steps.plan=[2,1]")
+    options = ("dataset=none", "dataset.num_images=20", "metrics=none", "distillation.batch_size=4")
+    status, err = told("distill.py", *given, *updates, *options)
+    assert status == 0, err
+    student = Denoiser.load(workplace / "outputs" / "led" / "steps-0001" / "denoiser")
+    assert student.lineage == ["diffusers:model", "converted", "guided", 1] and student.guidance == (1.0, 3.0)
+    noise, label = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    assert sample(student, noise, 1, label, guidance=2.5).shape == noise.shape

@@ -34,7 +34,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "metrics.settings",
     ),
     MATHS,
-    ("network", "denoiser", "heads"),
+    ("guided", "network", "denoiser", "heads"),
     ("interop",),
     ("storage",),
     ("steps", "optimizer", "dataset"),

@@ -24,6 +24,9 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.settings import Metrics
+from pdistill.network import with_guidance
+from pdistill.parameterization import V
+from pdistill.schedule import CosineSchedule
 
 ID = "me/digits-1-step"
 
@@ -165,6 +168,40 @@ def test_the_cards_lines_run_without_a_pipeline_and_with_one_in_the_folder(run_o
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(here / "modules"))
     exec(code_of(here / "own"), names)
     assert type(names["pipeline"]).__name__ == "Own" and names["image"].size == (8, 8)
+
+
+def test_the_card_of_a_guided_student_says_how_to_guide_it(tiny, here, monkeypatch):
+    base = tiny(num_classes=4).network
+    for name, network, taught in (("ranged", with_guidance(base), (1.0, 5.0)), ("one", base, (3.0, 3.0))):
+        options = {"num_steps": 2, "lineage": ["teacher", "guided", 2], "null_label": 3, "guidance": taught}
+        Denoiser(network, V(), CosineSchedule(), **options).save(name)
+        push.main([name, ID, "--local", f"{name}-pushed"])
+    ranged, one = ((here / f"{name}-pushed" / "README.md").read_text() for name in ("ranged", "one"))
+    assert "class_labels=[0], guidance=2.0" in ranged and "`guidance` may be from 1 to 5" in ranged
+    assert "run `pipeline.py` and `unet/guided.py` of this folder" in ranged and "Read both files" in ranged
+    assert "Guidance 3 is in the weights" in one and "guidance=" not in one and "guided.py" not in one
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(here / "modules"))
+    names: dict[str, Any] = {}
+    exec(code_of(here / "ranged-pushed"), names)
+    assert names["image"].size == (8, 8)
+    with pytest.raises(ValueError, match="guidance=6"):
+        names["pipeline"](class_labels=[0], guidance=6)
+
+
+def test_metrics_at_several_values_of_guidance_stand_apart(run_of_tiny, tiny, capsys):
+    run = run_of_tiny()
+    weights = {"denoiser_fingerprint": tiny(seed=2).fingerprint}
+    rows = [evaluated(run, "a", 1, 6.5, **weights, guidance=1.0)]
+    rows += [evaluated(run, "b", 1, 7.5, **weights, guidance=3.0, network_evaluations=2)]
+    write_evaluation(run, rows)
+    push.main(["outputs/run", ID, "--dry-run"])
+    card = ModelCard(capsys.readouterr().out)
+    fids = [r for r in card.data.eval_results if r.metric_type == "fid_classifier"]
+    assert [(r.metric_value, r.metric_args["guidance"], r.metric_args["nfe"]) for r in fids] == [
+        (6.5, 1, 1),
+        (7.5, 3, 2),
+    ]
+    assert "| guidance | sampler |" in card.text and "1 step, guidance 3, 200 samples" in fids[1].metric_name
 
 
 class Hub:

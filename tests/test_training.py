@@ -52,7 +52,11 @@ class Numbered(IterableDataset):
         while True:
             first = (step * self.world + self.rank) * self.size
             number = torch.arange(first, first + self.size, dtype=torch.uint8)
-            yield {"image": number[:, None, None, None].expand(-1, 1, 8, 8).clone(), "step": step, "label": number % 4}
+            yield {
+                "image": number[:, None, None, None].expand(-1, 1, 8, 8).clone(),
+                "step": step,
+                "label": (number % 4).long(),
+            }
             step += 1
 
 
@@ -78,9 +82,9 @@ class Seen(Callback):
         self.images.setdefault(trainer.global_step + 1, []).extend(numbers)
 
 
-def new_denoiser(seed: int = 0) -> Denoiser:
+def new_denoiser(seed: int = 0, **options) -> Denoiser:
     torch.manual_seed(seed)
-    network = unet(8, 1, 1, 32, 64, [1], 1, [])
+    network = unet(8, 1, 1, 32, 64, [1], 1, [], **options)
     torch.nn.init.normal_(network.conv_out.weight, std=0.1)
     return Denoiser(network, V(), CosineSchedule())
 

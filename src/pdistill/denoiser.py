@@ -20,8 +20,9 @@ class Denoiser(nn.Module):
     `condition` is None, labels (B,), or a dict of tensors whose first dimension is B. `num_steps` is the step count it
     was distilled for (None for a teacher); `lineage` lists the step counts of its ancestors, e.g. ["teacher", 16, 8].
     `null_label` is the label that stands for none, where the network was trained with label dropout: its last.
-    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `sampler` is the one that a student
-    was distilled for, by its name; `sample` takes it by default.
+    `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `guidance` is the range (low, high)
+    of classifier-free guidance that it was taught, at one evaluation a step; None for a denoiser that was not.
+    `sampler` is the one that a student was distilled for, by its name; `sample` takes it by default.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Denoiser(nn.Module):
         null_label: int | None = None,
         *,
         image_shape: tuple[int, int, int] | None = None,
+        guidance: tuple[float, float] | None = None,
         sampler: str = DDIM,
     ) -> None:
         super().__init__()
@@ -43,6 +45,7 @@ class Denoiser(nn.Module):
         self.num_steps = num_steps
         self.lineage = lineage or ["teacher"]
         self.null_label = null_label
+        self.guidance = guidance
         self._image_shape = image_shape
         self.sampler = sampler
 
@@ -93,6 +96,24 @@ class Denoiser(nn.Module):
         return condition | {"label": null} if isinstance(condition, dict) else null
 
     @property
+    def default_guidance(self) -> float:
+        """1, plain; of a denoiser that was taught guidance what lies nearest to it."""
+        low, high = self.guidance or (1.0, 1.0)
+        return min(max(1.0, low), high)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network has it as an input: it was taught more than one value."""
+        return self.guidance is not None and self.guidance[0] < self.guidance[1]
+
+    def told(self, condition: Condition, guidance: Tensor) -> Condition:
+        """The condition with the guidance (B,) among it, where the network takes it."""
+        if not self.takes_guidance or condition is None:
+            return condition
+        given = condition if isinstance(condition, dict) else {"label": condition}
+        return given | {"guidance": guidance}
+
+    @property
     def architecture(self) -> dict[str, Any]:
         """What must be equal for two denoisers' weights and outputs to mean the same."""
         network = networks.description(self.network)
@@ -103,12 +124,13 @@ class Denoiser(nn.Module):
             "null_label": self.null_label,
             "image_shape": list(self.image_shape),
             "network": {"name": network["name"], **arguments},
-        } | self.sampler_if_another
+        } | self.taught
 
     @property
-    def sampler_if_another(self) -> dict[str, str]:
-        """How `sampler` is written down: not at all where it is ddim, as it was before there were others."""
-        return {} if self.sampler == DDIM else {"sampler": self.sampler}
+    def taught(self) -> dict[str, Any]:
+        """What is written down of those that have it alone, so that the others' descriptions stay what they were."""
+        guidance: dict[str, Any] = {} if self.guidance is None else {"guidance": list(self.guidance)}
+        return guidance | ({} if self.sampler == DDIM else {"sampler": self.sampler})
 
     @property
     def fingerprint(self) -> str:

@@ -8,14 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pdistill import registry
 from pdistill.errors import UserError
+from pdistill.guided import GuidedUNet2DModel
 from pdistill.sampling import Condition
+
+GUIDANCE_FEATURES = 256  # of a UNet2DConditionModel's `timestep_cond`, as in latent consistency models
 
 
 def unet(
@@ -89,12 +93,45 @@ def call(network: nn.Module, z: Tensor, timestep: Tensor, condition: Condition =
     """The network's output (B, C', H, W) for its input z (B, C, H, W) at timestep (B,).
 
     A network is called `network(z, timestep)`; labels are passed as `class_labels`, the tensors of a dict by their
-    names (`label` as `class_labels`). It returns a tensor, or, as diffusers' do, an object with `.sample`.
+    names (`label` as `class_labels`; a UNet2DConditionModel's `guidance` as `timestep_cond`). It returns a tensor, or,
+    as diffusers' do, an object with `.sample`.
     """
     given = {"label": condition} if isinstance(condition, Tensor) else dict(condition or {})
     keywords = {"class_labels" if name == "label" else name: value for name, value in given.items()}
+    if isinstance(network, UNet2DConditionModel) and "guidance" in keywords:
+        w = keywords.pop("guidance") - 1
+        size = network.config["time_cond_proj_dim"]
+        keywords["timestep_cond"] = get_timestep_embedding(1000 * w, size, downscale_freq_shift=1).to(z.dtype)
     output = network(z, timestep, **keywords)
     return output if isinstance(output, Tensor) else output.sample
+
+
+def with_guidance(network: nn.Module) -> nn.Module:
+    """The network with one input more, `guidance` (B,), which changes nothing yet: a copy.
+
+    Raises UserError for a network that has no place for it.
+    """
+    if isinstance(network, UNet2DConditionModel):
+        size = {"time_cond_proj_dim": GUIDANCE_FEATURES}
+        return _rebuilt(network, UNet2DConditionModel, size, {"time_embedding.cond_proj.weight"})
+    if isinstance(network, UNet2DModel) and network.config["num_class_embeds"] is not None:
+        return _rebuilt(network, GuidedUNet2DModel, {}, None)
+    if "guidance" in inspect.signature(network.forward).parameters:
+        return network
+    raise UserError(
+        f"a {type(network).__name__} has no input for a range of guidance: give one value, e.g. guidance=2, or a "
+        f"network whose forward(z, timestep, class_labels, guidance) takes it"
+    )
+
+
+def _rebuilt(network: Any, cls: type, changes: dict[str, Any], zero: set[str] | None) -> nn.Module:
+    """A network of `cls` with the weights of this one; of what it has beyond them, `zero` begins as 0."""
+    config = {k: v for k, v in network.config.items() if not k.startswith("_")}
+    other = cls(**config | changes).to(network.device).train(network.training)
+    other.load_state_dict(other.state_dict() | network.state_dict())
+    for name in zero or ():
+        nn.init.zeros_(other.get_parameter(name))
+    return other
 
 
 def last_layer(network: nn.Module) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,7 @@ def sample(
     sampler: str | None = None,
     clip: bool = True,
     *,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     variance: Variance = "large",
     step_noise: Sequence[Tensor] | Callable[[int], Tensor] | None = None,
     callback: Callback | None = None,
@@ -184,9 +184,11 @@ def sample(
 
     `guidance` other than 1 takes x = x_none + guidance (x_condition - x_none), x_none being the prediction under the
     null condition, at two evaluations a step (classifier-free guidance, Ho & Salimans, 2022; the same in x as in eps).
+    A denoiser that was taught guidance takes one. By default it is 1, or what lies nearest to it in the taught range.
 
     Raises ValueError for a step count below 1, a sampler that `sampler_of` refuses, a variance out of range, a
-    class-conditional denoiser without labels, or guidance of one that has no null condition.
+    class-conditional denoiser without labels, guidance of one that has no null condition, or outside of the range that
+    was taught.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
@@ -198,7 +200,13 @@ def sample(
         raise ValueError(f"this denoiser is class-conditional: give it labels (B,) of 0 to {num_classes - 1}")
     denoiser = denoiser.for_steps(num_steps) if hasattr(denoiser, "for_steps") else denoiser
     null: Condition = None
-    if guidance != 1:
+    taught = getattr(denoiser, "guidance", None)
+    scale: float = getattr(denoiser, "default_guidance", 1.0) if guidance is None else guidance
+    if taught is not None:
+        if not taught[0] <= scale <= taught[1]:
+            raise ValueError(f"guidance={scale:g} must be {_taught(*taught)}, which this denoiser was taught")
+        condition = denoiser.told(condition, torch.full((len(noise),), scale, device=noise.device))
+    elif scale != 1:
         if condition is None or getattr(denoiser, "null_label", None) is None:
             raise ValueError(f"guidance={guidance} needs a class-conditional denoiser trained with label_dropout")
         null = denoiser.null_condition(condition)
@@ -206,7 +214,7 @@ def sample(
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         x_hat = denoiser(z, t, condition)
         if null is not None:
-            x_hat = torch.lerp(denoiser(z, t, null), x_hat, guidance)
+            x_hat = torch.lerp(denoiser(z, t, null), x_hat, scale)
         return x_hat.clamp(-1, 1) if clip else x_hat
 
     options: dict[str, Any] = {"variance": variance} | ({} if callback is None else {"callback": callback})
@@ -216,6 +224,10 @@ def sample(
         z = noise * getattr(denoiser.schedule, "noise_scale", 1.0)
         images = registry.find("sampler", sampler)(denoise, denoiser.schedule, z, num_steps, Options(**options))
     return images.clone()  # an ordinary tensor, which autograd may use
+
+
+def _taught(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"from {low:g} to {high:g}"
 
 
 @dataclass(frozen=True)
@@ -228,7 +240,8 @@ class Draw:
     sampler: str | None = None
     """By default the denoiser's own."""
     clip: bool = True
-    guidance: float = 1.0
+    guidance: float | None = None
+    """None: the denoiser's own, `Denoiser.default_guidance`."""
     variance: Variance = "large"
     labels: Sequence[int] | None = None
     """Image i is of class labels[i % len(labels)]; by default all classes take turns, so that they are balanced."""

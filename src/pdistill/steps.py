@@ -7,7 +7,8 @@ from itertools import pairwise
 from pdistill.errors import UserError
 
 CONVERTED = "converted"  # the stage that makes a teacher predict what its students do
-TEACHERS = ("teacher", CONVERTED)  # the stages that are sampled with the first step count of the plan; no students
+GUIDED = "guided"  # the stage that teaches classifier-free guidance to a student of every time
+TEACHERS = ("teacher", CONVERTED, GUIDED)  # no students: they are sampled with the first step count of the plan
 
 
 def is_student(stage: str) -> bool:
@@ -24,7 +25,7 @@ class Stage:
     teacher: int  # index of the stage whose result teaches; the student starts from that of the stage before
     teacher_steps: int
     updates: int
-    continuous: bool = False  # trained at every time, as a teacher is: the result has no step count of its own
+    called: str | None = None  # of one trained at every time, as a teacher is: the result has no step count of its own
     counts: tuple[int, ...] = ()  # of a student that knows several; `num_steps` is the first of them
 
     @property
@@ -36,7 +37,7 @@ class Stage:
     def name(self) -> str:
         if self.counts:
             return f"parallel-{self.grid:04d}"
-        return CONVERTED if self.continuous else f"steps-{self.num_steps:04d}"
+        return self.called or f"steps-{self.num_steps:04d}"
 
 
 def stages(plan: Sequence[int], updates: int, updates_last_two: int, max_teacher_steps: int = 2) -> list[Stage]:

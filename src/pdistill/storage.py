@@ -70,7 +70,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "num_steps": denoiser.num_steps,
         "lineage": denoiser.lineage,
         "null_label": denoiser.null_label,
-    } | denoiser.sampler_if_another
+    } | denoiser.taught
     try:
         json.dumps(description)
     except TypeError as error:
@@ -108,7 +108,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         else:
             network = networks.rebuild(made)
             network.load_state_dict(load_file(directory / WEIGHTS))
-        shape = description.get("image_shape")
+        shape, guidance = description.get("image_shape"), description.get("guidance")
         denoiser = cls(
             network,
             parameterization,
@@ -117,6 +117,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             description["lineage"],
             description.get("null_label"),
             image_shape=tuple(shape) if shape else None,
+            guidance=None if guidance is None else (float(guidance[0]), float(guidance[1])),
             sampler=sampler,
         )
     except FileNotFoundError as error:

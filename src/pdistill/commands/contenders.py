@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from pdistill import registry
 from pdistill.commands import run_directory
+from pdistill.commands.denoisers import check_guidance
 from pdistill.commands.settings import Evaluate
 from pdistill.dataset import ImageSet, digits
 from pdistill.denoiser import Denoiser
@@ -21,6 +22,7 @@ from pdistill.errors import UserError, first_line
 from pdistill.interop.diffusers import Pipeline, is_pipeline
 from pdistill.processes import is_main
 from pdistill.sampling import sampler_of
+from pdistill.steps import TEACHERS
 
 Model = Denoiser | Pipeline
 
@@ -33,6 +35,8 @@ class Contender:
     path: str
     sampler: str
     num_steps: int
+    guidance: float | None = None
+    """None: the denoiser's own."""
 
 
 def made(part: Any) -> Any:
@@ -60,7 +64,8 @@ def place_of(settings: Evaluate) -> Path:
 
 def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contender]:
     """What is to be measured: a denoiser or a diffusers pipeline at `num_steps` by `samplers`; of a run directory each
-    student at its own step count and the teacher, as far as `baselines` goes, at all of these.
+    student at its own step count and the teacher, as far as `baselines` goes, at all of these. Each is measured at
+    every `guidance`, by default at its own, and the baselines at that of what they are compared with.
 
     Raises UserError where that is nothing, or cannot be.
     """
@@ -92,9 +97,16 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
         found += [Contender(f"{label}, {name}", str(path), name, n) for name in names for n in steps]
     if settings.baseline_names and not teacher.exists():
         raise UserError(f"baselines={settings.baselines} are samplers of the teacher, and there is none at {teacher}")
+    baselines = []
     if settings.baseline_names:
         names = _fitting(load(str(teacher)), settings, "baselines")
-        found += [Contender(f"teacher, {name}", str(teacher), name, n) for name in names for n in steps]
+        baselines = [Contender(f"teacher, {name}", str(teacher), name, n) for name in names for n in steps]
+    values = settings.guidance_values
+    taught: float = getattr(load(found[0].path), "default_guidance", 1.0)
+    of_baselines = [taught] if values == [None] and taught != 1 else values
+    found = [_guided(c, g) for g in values for c in found] + [_guided(c, g) for g in of_baselines for c in baselines]
+    for contender in found:
+        _check_guidance(load(contender.path), contender)
     return list(dict.fromkeys(found))
 
 
@@ -110,6 +122,21 @@ def _fitting(model: Model, settings: Evaluate, key: str) -> list[str]:
     return found
 
 
+def _guided(contender: Contender, guidance: float | None) -> Contender:
+    if guidance is None:
+        return contender
+    return replace(contender, label=f"{contender.label}, guidance {guidance:g}", guidance=guidance)
+
+
+def _check_guidance(model: Model, contender: Contender) -> None:
+    if contender.guidance is None:
+        return
+    given = f"guidance={contender.guidance:g}"
+    if isinstance(model, Pipeline):
+        raise UserError(f"{given}: {contender.path} is an unconditional pipeline of diffusers: leave it out")
+    check_guidance(model, contender.guidance, given, contender.path)
+
+
 def _check_steps(model: Model, steps: list[int]) -> None:
     """Raises UserError for step counts that a student of several does not know."""
     try:
@@ -122,9 +149,8 @@ def _check_steps(model: Model, steps: list[int]) -> None:
 def run_of(path: Path) -> Path | None:
     """The run directory that `path` is, or in whose stages it lies."""
     candidates = [path]
-    if path.name == "denoiser" and re.fullmatch(
-        r"teacher|converted|parallel-\d+|steps-\d+", path.resolve().parent.name
-    ):
+    stages = "|".join((*TEACHERS, r"parallel-\d+", r"steps-\d+"))
+    if path.name == "denoiser" and re.fullmatch(stages, path.resolve().parent.name):
         candidates.append(path.resolve().parents[1])
     return next((c for c in candidates if (c / "config.yaml").exists() and (c / "teacher").exists()), None)
 

@@ -56,8 +56,11 @@ def new_student(settings: Distill, data: ImageSet, given: Denoiser | None) -> De
     if is_imported(settings.teacher):
         check_data(settings, given, data)
         return predicting(given, parameterization)
-    if isinstance(given.parameterization, Heads):  # which no configuration names
+    if isinstance(given.parameterization, Heads) or given.guidance is not None:  # which no configuration names
         check_step_count(settings, given)
+        if settings.start is not None:
+            start = Denoiser.load(Path(settings.start).expanduser())
+            _refuse_differences(f"start={settings.start}", given, start)
         return given
     template = new_denoiser(settings, data)
     unstable = given.parameterization.name != parameterization.name and not given.parameterization.stable_at_zero_snr
@@ -96,12 +99,28 @@ def check_step_count(settings: Distill, teacher: Denoiser) -> None:
         )
 
 
+def check_guidance(denoiser: Denoiser, guidance: float, given: str, place: str) -> None:
+    """Raises UserError where the denoiser, which lies at `place`, cannot take this guidance; `given` is what was typed.
+
+    As `sample` would, but before any work.
+    """
+    if denoiser.guidance is not None:
+        low, high = denoiser.guidance
+        if not low <= guidance <= high:
+            cure = f"guidance {low:g} alone" if low == high else f"guidance from {low:g} to {high:g}"
+            raise UserError(f"{given}: {place} was taught {cure}: give that, or leave it out")
+    elif denoiser.num_classes is None:
+        raise UserError(f"{given}: {place} is not class-conditional: leave it out")
+    elif guidance != 1 and denoiser.null_label is None:
+        raise UserError(f"{given}: {place} does not know what no label means: it must be trained with label_dropout")
+
+
 def _refuse_differences(what: str, template: Denoiser, given: Denoiser) -> None:
     ours, theirs = template.architecture, given.architecture
     wrong = [
-        f"{k} {theirs[k]!r}, configured {ours[k]!r}"
-        for k in ("parameterization", "schedule", "null_label", "image_shape")
-        if ours[k] != theirs[k]
+        f"{k} {theirs.get(k)!r}, configured {ours.get(k)!r}"
+        for k in ("parameterization", "schedule", "null_label", "image_shape", "guidance")
+        if ours.get(k) != theirs.get(k)
     ]
     wrong = [w.replace("{'name': ", "").replace("}", "") for w in wrong]
     keys = ours["network"].keys() | theirs["network"].keys()

@@ -22,13 +22,24 @@ from pdistill.commands.sample import name_of
 from pdistill.commands.settings import Evaluate, settings_of
 from pdistill.dataset import ImageSet
 from pdistill.dataset.batches import to_uint8
+from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.files import locked, read_json, write_json, write_text
 from pdistill.interop.diffusers import Pipeline
+from pdistill.metrics.classifier import Classifier, class_accuracy
 from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measures, moments
 from pdistill.metrics.extractors import build, metric_name
-from pdistill.metrics.provenance import Provenance, current, drawn_by, is_stale, measured_with, replaces, same
-from pdistill.metrics.reference import REFERENCE_FEATURES, reference
+from pdistill.metrics.provenance import (
+    Provenance,
+    current,
+    drawn_by,
+    guided_by,
+    is_stale,
+    measured_with,
+    replaces,
+    same,
+)
+from pdistill.metrics.reference import REFERENCE_FEATURES, chosen, reference
 from pdistill.metrics.shares import in_order, leads, my_batches, together
 from pdistill.processes import device_of, is_main, of_main
 from pdistill.report import plots
@@ -128,13 +139,14 @@ class Evaluation:
         fingerprints = {path: model.fingerprint for path, model in models.items()}
         found: list[tuple[Provenance, Callable[[], Row]]] = []
         if self._half > 1:
-            found.append((self._provenance_of_real(), self.floor))
+            judged = any(self._asked(model) is not None for model in models.values())
+            found.append((self._provenance_of_real(), functools.partial(self.floor, judged)))
         for c in rows:
             model = models[c.path]
             clip = model.clip if isinstance(model, Pipeline) else self._draw(c).clip
             made_with = self._shared(self.settings.metrics.num_samples)
             made_with |= drawn_by(fingerprints[c.path], c.sampler, c.num_steps, clip)
-            made_with |= {"denoiser": c.path, "label": c.label}
+            made_with |= {"denoiser": c.path, "label": c.label} | guided_by(model, c.num_steps, c.guidance)
             found.append((made_with, functools.partial(self.metrics, model, c)))
         return found
 
@@ -160,14 +172,16 @@ class Evaluation:
 
     def _draw(self, contender: Contender) -> Draw:
         sampler = "ddim" if contender.sampler == "own" else contender.sampler
-        return Draw(contender.num_steps, self.settings.seed, self.settings.batch_size, sampler)
+        settings = self.settings
+        return Draw(contender.num_steps, settings.seed, settings.batch_size, sampler, guidance=contender.guidance)
 
     def metrics(self, model: Model, contender: Contender) -> Row:
         """The metrics of samples, shared among processes: the same samples in the same batches for any number."""
         model.to(self.device)
         features = in_order(together(lambda: self._features(model, contender)))
         model.to("cpu")
-        return self._on_main(lambda: self._measures(torch.cat(features), self._real(), self.distance))
+        asked = self._asked(model)
+        return self._on_main(lambda: self._measures(torch.cat(features), self._real(), self.distance, asked))
 
     @torch.inference_mode()
     def _features(self, model: Model, contender: Contender) -> list[Tensor]:
@@ -179,10 +193,18 @@ class Evaluation:
             found += [self.extractor(to_uint8(images)).float().cpu() for images in drawn(batch, draw, self.device)]
         return found
 
-    def floor(self) -> Row:
+    def _asked(self, model: Model) -> Tensor | None:
+        """The classes (num_samples,) of the samples, all in turn; None where the extractor does not know just these."""
+        classes = model.num_classes if isinstance(model, Denoiser) else None
+        if classes is None or not isinstance(self.extractor, Classifier) or self.extractor.num_classes != classes:
+            return None
+        return torch.arange(self.settings.metrics.num_samples) % classes
+
+    def floor(self, judged: bool = False) -> Row:
         """The metrics between two halves of the real images, at the number of samples, or as near as they get.
 
-        FID of finite samples is biased upwards: this much of it is not the sampler's fault.
+        FID of finite samples is biased upwards: this much of it is not the sampler's fault. `judged`: also how often
+        the classifier sees the real images' own class.
         """
 
         def between_halves() -> Row:
@@ -190,7 +212,9 @@ class Evaluation:
             order = torch.randperm(len(real), generator=torch.Generator().manual_seed(self.settings.seed))
             half, other = real[order[: self._half]], real[order[self._half :]]
             distance = FrechetDistance(*moments(other.to(self.device)))
-            return self._measures(half, other, distance)
+            labels = self.data.labels if judged else None
+            own = None if labels is None else labels[chosen(self.data)][order[: self._half]]
+            return self._measures(half, other, distance, own)
 
         return self._on_main(between_halves)
 
@@ -199,11 +223,13 @@ class Evaluation:
         return of_main(together(lambda: measure() if leads() else None))
 
     @torch.inference_mode()
-    def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance) -> Row:
-        """Under names that say the extractor: `fid`, `kid` and `is` are Inception's alone."""
+    def _measures(self, fake: Tensor, real: Tensor, distance: FrechetDistance, labels: Tensor | None = None) -> Row:
+        """Under names that say the extractor: `fid`, `kid` and `is` are Inception's alone. `labels` are of `fake`."""
         settings, logits = self.settings, getattr(self.extractor, "logits", None)
         fake, real = fake.to(self.device), real.to(self.device)
         row = measures(fake, real, distance, logits, settings.bootstrap, settings.extrapolate)
+        if labels is not None and logits is not None:
+            row |= class_accuracy(logits(fake), labels)
         named = {metric: metric_name(metric, self.extractor) for metric in ("fid", "kid", "is")}
         return {re.sub("^(fid|kid|is)(?=_|$)", lambda m: named[m[0]], key): value for key, value in row.items()}
 

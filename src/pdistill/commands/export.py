@@ -1,6 +1,7 @@
 """`pdistill export <denoiser>`: its whole sampler as one ONNX file or one compiled package, for who has no pdistill."""
 
 import importlib.util
+import math
 import os
 import shutil
 import tempfile
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=lambda path: Path(path).expanduser(), help="by default beside the denoiser")
     parser.add_argument("--dtype", choices=("uint8", "float32"), default="uint8", help="of the images; default uint8")
     parser.add_argument("--no-clip", action="store_true", help="do not clamp every x_hat to [-1, 1]")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; default 1, none")
+    parser.add_argument("--guidance", type=float, help="fixed; default 1, or an input where a range was taught")
     parser.add_argument("--int8", action="store_true", help="onnx: convolutions in 8 bits")
     settings = parser.parse_args(without_imports(arguments))
     _check(settings)
@@ -43,6 +44,8 @@ def _check(settings: Namespace) -> None:
         raise UserError(f"--int8 is for --format onnx, not {settings.format}: leave it out")
     if settings.steps is not None and settings.steps < 1:
         raise UserError(f"--steps={settings.steps} must be a whole number, at least 1")
+    if settings.guidance is not None and not math.isfinite(settings.guidance):
+        raise UserError(f"--guidance={settings.guidance} must be a number, e.g. --guidance 2")
     if output is not None and output.is_dir():
         raise UserError(f"--output={output} is a directory: give a file, e.g. {output / f'sampler.{settings.format}'}")
     if output is not None and output.suffix != f".{settings.format}":
@@ -52,6 +55,7 @@ def _check(settings: Namespace) -> None:
 
 
 def _export(settings: Namespace, directory: Path) -> None:
+    from pdistill.commands.denoisers import check_guidance
     from pdistill.denoiser import Denoiser
     from pdistill.interop import export
     from pdistill.sampling import DDIM
@@ -69,8 +73,8 @@ def _export(settings: Namespace, directory: Path) -> None:
     num_steps = settings.steps or denoiser.num_steps
     if num_steps is None:
         raise UserError(f"{directory} is a teacher, made for no step count of its own: give --steps, e.g. --steps 16")
-    if settings.guidance != 1 and denoiser.null_label is None:
-        raise UserError(f"--guidance={settings.guidance:g} needs a denoiser trained with label_dropout: leave it out")
+    if settings.guidance is not None:
+        check_guidance(denoiser, settings.guidance, f"--guidance={settings.guidance:g}", str(directory))
     try:
         denoiser = denoiser.for_steps(num_steps)
     except ValueError as error:
@@ -86,7 +90,7 @@ def _export(settings: Namespace, directory: Path) -> None:
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
     beyond = ", beyond the rounding" if settings.dtype == "uint8" else ""
     print(f"differs from pdistill's images by {found.largest:.1e} at most, {found.rms:.1e} root mean square{beyond}")
-    print("\n".join(["use it:", *usage(settings.format, file, denoiser)]))
+    print("\n".join(["use it:", *usage(settings.format, file, denoiser, graph)]))
 
 
 def _write(denoiser: "Denoiser", graph: "Graph", file: Path, int8: bool) -> "Difference":
@@ -123,19 +127,26 @@ def _refuse(found: "Difference", int8: bool) -> None:
         )
 
 
-def usage(form: str, file: Path, denoiser: "Denoiser") -> list[str]:
+def usage(form: str, file: Path, denoiser: "Denoiser", graph: "Graph") -> list[str]:
     """Three lines of Python that draw 16 images from the file."""
+    from pdistill.interop.export import fixed_guidance
+
     shape, labels = (16, *denoiser.image_shape), denoiser.num_classes
+    low, high = denoiser.guidance or (1.0, 1.0)
+    value = None if fixed_guidance(denoiser, graph) is not None else min(max(2.0, low), high)
     if form == "pt2":
         label = "" if labels is None else f", torch.arange(16) % {labels}"
+        guidance = "" if value is None else f", torch.full((16,), {value})"
         return [
             "    import torch",
             f'    sampler = torch._inductor.aoti_load_package("{file}")',
-            f"    images = sampler(torch.randn{shape}{label})",
+            f"    images = sampler(torch.randn{shape}{label}{guidance})",
         ]
     label = "" if labels is None else f', "label": numpy.arange(16) % {labels}'
+    guidance = "" if value is None else f', "guidance": numpy.full(16, {value}, "float32")'
+    noise = f'"noise": numpy.random.default_rng().standard_normal({shape}, dtype="float32")'
     return [
         "    import numpy, onnxruntime",
-        f'    noise = {{"noise": numpy.random.default_rng().standard_normal({shape}, dtype="float32"){label}}}',
-        f'    images = onnxruntime.InferenceSession("{file}").run(None, noise)[0]',
+        f"    inputs = {{{noise}{label}{guidance}}}",
+        f'    images = onnxruntime.InferenceSession("{file}").run(None, inputs)[0]',
     ]

@@ -4,6 +4,7 @@ Importing this module registers them with Hydra; `hydra_plugins/pdistill_setting
 conf/.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from pdistill import registry
 from pdistill.checks import number, whole
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
-from pdistill.training.settings import Conversion, Distillation, Steps, Training
+from pdistill.training.settings import Conversion, Distillation, Guiding, Steps, Training
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
 
@@ -100,6 +101,10 @@ class Distill(Train):
     teacher_null_label: int | None = None
     """The class that stands for none in a diffusers model: its last one, where it was trained so."""
     conversion: Conversion = field(default_factory=Conversion)
+    guidance: Any = None
+    """[1,5], or one value: the classifier-free guidance that students learn, at one evaluation a step; 1 is plain, 0
+    ignores the label."""
+    guiding: Guiding = field(default_factory=Guiding)
     method: Any = MISSING
 
     def __post_init__(self) -> None:
@@ -114,6 +119,36 @@ class Distill(Train):
             )
         if self.teacher_null_label is not None:
             whole("teacher_null_label", self.teacher_null_label, 1)
+        if self.guidance is not None:
+            self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        low, high = self.guidance_range if _are_two_numbers(self.guidance_range) else (-1.0, -1.0)
+        if low < 0 or (isinstance(self.guidance, list) and low >= high):
+            raise UserError(
+                f"guidance={self.guidance} must be a range [low, high] with 0 <= low < high, e.g. guidance=[1,5], or "
+                f"one value, e.g. guidance=2"
+            )
+        if self.teacher is None and not self.label_dropout:
+            raise UserError(
+                f"guidance={self.guidance} needs a teacher that knows what no label means: add conditional=true "
+                f"label_dropout=0.1"
+            )
+
+    @property
+    def guidance_range(self) -> Any:
+        """(low, high), equal for one value; None for none."""
+        if self.guidance is None:
+            return None
+        return tuple(self.guidance) if isinstance(self.guidance, list) else (self.guidance, self.guidance)
+
+
+def _are_two_numbers(values: Any) -> bool:
+    return len(values) == 2 and _are_numbers(values)
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
 
 @dataclass
@@ -129,8 +164,9 @@ class Sample:
     """The same seed gives the same pictures, whatever the batch size."""
     label: Any = None
     """Of a class-conditional denoiser: 3, or [1,2] in turn; by default all classes in turn."""
-    guidance: float = 1.0
-    """Of a denoiser trained with label_dropout: 0 ignores the label, 1 is plain, 2 and more emphasise it."""
+    guidance: float | None = None
+    """Of a denoiser trained with label_dropout, or taught guidance: 0 ignores the label, 1 is plain and the default, 2
+    and more emphasise it."""
     sampler: str | None = None
     """ddim, ancestral, stochastic, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one; by default
     stochastic for students that were distilled for it, and ddim for all others."""
@@ -175,7 +211,9 @@ class Evaluate:
     """One or a list of ddim, ancestral, stochastic, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones;
     all: those that the denoiser takes; by default its own."""
     baselines: Any = None
-    """Samplers of the run's teacher to measure too, at the same network evaluations; or all."""
+    """Samplers of the run's teacher to measure too, in as many steps and at the same guidance; or all."""
+    guidance: Any = None
+    """2, or [1,2,4]: classifier-free guidance to measure each denoiser at; null: its own, 1, or what it was taught."""
     bootstrap: int = 20
     """Resamplings of the samples, for FID's interval; 0 for none."""
     extrapolate: bool = False
@@ -213,7 +251,7 @@ class Evaluate:
             )
         if self.name is not None and (not re.fullmatch(r"[\w.+-]+", self.name) or self.name.startswith(".")):
             raise UserError(f"name={self.name} must be one file name of letters, digits and . + - _, e.g. name=first")
-        _ = self.step_counts, self.sampler_names, self.baseline_names
+        _ = self.step_counts, self.sampler_names, self.baseline_names, self.guidance_values
 
     @property
     def step_counts(self) -> list[int]:
@@ -226,6 +264,18 @@ class Evaluate:
         if not are_step_counts(counts):
             raise UserError(f"{key}={value} must be whole numbers, at least 1, e.g. num_steps=4 or num_steps=[1,2,4,8]")
         return counts
+
+    @property
+    def guidance_values(self) -> list[float | None]:
+        """What `guidance` lists; [None], the denoisers' own, for null. Raises UserError for other than numbers >= 0."""
+        if self.guidance is None:
+            return [None]
+        values = self.guidance if isinstance(self.guidance, list) else [self.guidance]
+        if not (values and _are_numbers(values) and min(values) >= 0):
+            raise UserError(
+                f"guidance={self.guidance} must be numbers, at least 0, e.g. guidance=2 or guidance=[1,2,4]"
+            )
+        return [float(value) for value in values]
 
     @property
     def sampler_names(self) -> list[str]:

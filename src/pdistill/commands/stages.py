@@ -4,6 +4,7 @@
 order; while a stage trains, `last.ckpt` is what it resumes from.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,20 +30,23 @@ from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
 from pdistill.method import check_sampler
 from pdistill.method.conversion import Conversion
+from pdistill.method.guidance import Guidance
 from pdistill.metrics.curve import measure_teacher
 from pdistill.metrics.extractors import build
 from pdistill.metrics.fid import FID
+from pdistill.parameterization import Parameterization
 from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate, sampler_of
-from pdistill.steps import CONVERTED, Stage
+from pdistill.steps import CONVERTED, GUIDED, Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.film import film_of
 from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
 from pdistill.training.logger import closing, log_stage, log_summary, metric_prefix
 from pdistill.training.module import DenoisingModule, Recipe
+from pdistill.training.settings import Conversion as Converting
 from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
@@ -97,13 +101,14 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         check(given)
         check_sampler(method, given)
         settings.metrics.check_samplers(partial(sampler_of, given))
-    _check(settings, [settings.conversion if given else settings.training, settings.distillation])
+    _check(settings, [settings.conversion if given else settings.training, settings.guiding, settings.distillation])
     data = images_of(settings, given, _trainer(settings).strategy.root_device)
     template = new_student(settings, data, given)
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
     if given is None:
         check(template)
     converts = given is not None and given.architecture["parameterization"] != template.architecture["parameterization"]
+    guides = _guides(settings, given or template)
     num_steps = settings.steps.plan[0]
     with _open(settings, cfg, directory, data) as job:
         teacher = directory / "teacher"
@@ -117,7 +122,10 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         results = [teacher]
         if converts:
             rows.append(_convert(job, teacher))
-            results = [job.directory / CONVERTED]
+            results = [directory / CONVERTED]
+        if guides:
+            rows.append(_guide(job, results[-1]))
+            results = [directory / GUIDED]
         for stage in plan:
             _distill_stage(job, method, stage, results)
             facts = _facts(stage.updates, settings.distillation, results[-1].name)
@@ -208,18 +216,64 @@ def _finish_fused(job: Job, parallel: Path, num_steps: int) -> dict[str, Any]:
     return _finish_stage(job, stage.name, num_steps, _facts(0, None, parallel.name))
 
 
+def _guides(settings: Distill, teacher: Denoiser) -> bool:
+    """Whether students are to be taught guidance that the teacher has not been. Raises UserError where it cannot be."""
+    if settings.guidance is None:
+        return False
+    if settings.start is not None and settings.teacher is not None and teacher.guidance is None:
+        raise UserError(
+            f"start={settings.start} is what the first student starts from, and with guidance={settings.guidance} that "
+            f"is the student of the stage before: leave start out"
+        )
+    if teacher.guidance is not None:
+        if teacher.guidance != settings.guidance_range:
+            raise UserError(
+                f"guidance={settings.guidance}, and teacher={settings.teacher} was taught {list(teacher.guidance)}: "
+                f"leave guidance out, or give the teacher that it learned from"
+            )
+        return False
+    if teacher.num_steps is not None:
+        raise UserError(
+            f"guidance={settings.guidance} is learned from a teacher that knows every time, and teacher="
+            f"{settings.teacher} was distilled for {teacher.num_steps} steps: give the teacher that it came from"
+        )
+    if teacher.null_label is None:
+        raise UserError(
+            f"guidance={settings.guidance} needs a teacher that knows what no label means, and teacher="
+            f"{settings.teacher} has no null label: give one trained with label_dropout, or, of a diffusers model, "
+            f"teacher_null_label=<its last class>"
+        )
+    Guidance(*settings.guidance_range).begin(copy.deepcopy(teacher), Stage(0, 1, 0, 1, 0))  # a place for it
+    return True
+
+
+def _guide(job: Job, teacher: Path) -> dict[str, Any]:
+    """The stage between a teacher and the students that are to know its guidance. Returns its row."""
+    settings: Distill = job.settings  # type: ignore[assignment]
+    low, high = settings.guidance_range
+    method = Guidance(low, high, settings.guiding.clip)
+    return _at_every_time(job, method, settings.guiding, teacher, None)
+
+
 def _convert(job: Job, teacher: Path) -> dict[str, Any]:
     """The stage between a teacher and its first student, where they predict different things. Returns its row."""
     settings: Distill = job.settings  # type: ignore[assignment]
-    section, method = settings.conversion, Conversion(settings.conversion.clip)
-    (stage,) = method.stages(settings.steps)
+    parameterization = instantiate(settings.parameterization)
+    return _at_every_time(job, Conversion(settings.conversion.clip), settings.conversion, teacher, parameterization)
+
+
+def _at_every_time(
+    job: Job, method: Any, section: Converting, teacher: Path, parameterization: Parameterization | None
+) -> dict[str, Any]:
+    """A stage whose result has no step count of its own, of the teacher's parameterization or another. Its row."""
+    (stage,) = method.stages(job.settings.steps)
     stage = replace(stage, updates=section.updates or stage.updates)
-    if not _is_trained(job.directory / CONVERTED):
+    if not _is_trained(job.directory / stage.name):
         given = Denoiser.load(teacher / "denoiser")
-        start = predicting(given, instantiate(settings.parameterization))
+        start = given if parameterization is None else predicting(given, parameterization)
         module = DistillationModule(given, stage, job.recipe(section), method, start=start)
-        _fit(job, module, CONVERTED, section.batch_size, (stage.updates, stage.num_steps))
-    return _finish_stage(job, CONVERTED, stage.num_steps, _facts(stage.updates, section, "teacher"))
+        _fit(job, module, stage.name, section.batch_size, (stage.updates, stage.num_steps))
+    return _finish_stage(job, stage.name, stage.num_steps, _facts(stage.updates, section, teacher.name))
 
 
 def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: tuple[int, int]) -> None:

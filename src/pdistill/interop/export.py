@@ -1,7 +1,8 @@
 """A denoiser's whole sampler as one file: an ONNX graph, or a package compiled by torch's AOTInductor (.pt2).
 
-Either takes unit noise, float32 (B, C, H, W), and, of a class-conditional denoiser, labels, int64 (B,), for any B, and
-gives images: uint8, or float32 in [-1, 1]. Nothing of this project is needed to run it.
+Either takes unit noise, float32 (B, C, H, W), of a class-conditional denoiser labels, int64 (B,), and of a student that
+was taught a range of guidance that, float32 (B,), for any B. It gives images: uint8, or float32 in [-1, 1]. Nothing of
+this project is needed to run it.
 """
 
 import contextlib
@@ -26,13 +27,14 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.parameterization import broadcast
 from pdistill.randomness import sample_noise
-from pdistill.sampling import sample
+from pdistill.sampling import Condition, sample
 from pdistill.schedule import logsnr_on_grid
 
-Run = Callable[[Tensor, Tensor | None], Tensor]  # (noise, label) -> images, of a file that was opened
+Run = Callable[..., Tensor]  # (noise, label, guidance) -> images, of a file that was opened; None for no input
 
 TOLERANCE = 1e-4  # in [-1, 1]: how far a file's images may be from ours
 INT8_TOLERANCE = 0.1  # the same for int8, root mean square
+INPUTS = ("noise", "label", "guidance")  # in their order, as far as a file takes them
 CHECKED = (1, 3)  # batch sizes
 INT8_CHECKED = (1, 64)  # of a mean, there must be more
 CALIBRATED = (4, 64)  # batches, and images of a batch, whose activations int8 scales are taken from
@@ -45,7 +47,8 @@ class Graph:
 
     num_steps: int
     clip: bool = True
-    guidance: float = 1.0
+    guidance: float | None = None
+    """Fixed in the file. None: an input, of a denoiser that was taught a range; of any other its own."""
     dtype: Literal["uint8", "float32"] = "uint8"
     """uint8 is clipped and rounded to the nearest; float32 is in [-1, 1] if clipped."""
 
@@ -53,7 +56,7 @@ class Graph:
 class Sampler(nn.Module):
     """The DDIM steps of `sampling.sample`, unrolled, with all that the schedule says held in buffers.
 
-    Row i of a buffer is t = i / num_steps, i = 0, ..., num_steps. `sampler(noise, label=None) -> images`.
+    Row i of a buffer is t = i / num_steps, i = 0, ..., num_steps. `sampler(noise, label, guidance) -> images`.
     """
 
     alpha: Tensor
@@ -66,6 +69,9 @@ class Sampler(nn.Module):
         self.network = _for_any_batch(denoiser.network).eval()
         self.parameterization = denoiser.parameterization
         self.null_label = denoiser.null_label
+        self.takes_guidance = denoiser.takes_guidance
+        self.guidance = fixed_guidance(denoiser, graph)
+        self.extrapolation = 1.0 if denoiser.guidance is not None else self.guidance or 0.0
         self.noise_scale = float(getattr(denoiser.schedule, "noise_scale", 1.0))
         grid = torch.arange(graph.num_steps + 1, dtype=torch.float32)
         alpha, sigma = denoiser.schedule.alpha_sigma(logsnr_on_grid(denoiser.schedule, grid, graph.num_steps))
@@ -73,14 +79,18 @@ class Sampler(nn.Module):
         self.register_buffer("sigma", sigma)
         self.register_buffer("timestep", denoiser.schedule.timestep(grid / graph.num_steps))
 
-    def forward(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """Unit noise (B, C, H, W), labels (B,) -> images (B, C, H, W)."""
+    def forward(self, noise: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """Unit noise (B, C, H, W), labels (B,), guidance (B,) where the graph fixes none -> images (B, C, H, W)."""
+        condition: Condition = label
+        if label is not None and self.takes_guidance:
+            given = guidance if self.guidance is None else torch.full_like(label, self.guidance, dtype=torch.float32)
+            condition = {"label": label} | ({} if given is None else {"guidance": given})
         x_hat = z = noise * self.noise_scale
         for i in range(self.graph.num_steps, 0, -1):
-            x_hat = self._x_hat(z, i, label)
-            if label is not None and self.graph.guidance != 1:
+            x_hat = self._x_hat(z, i, condition)
+            if label is not None and self.extrapolation != 1:
                 none = self._x_hat(z, i, torch.full_like(label, self.null_label or 0))
-                x_hat = torch.lerp(none, x_hat, self.graph.guidance)
+                x_hat = torch.lerp(none, x_hat, self.extrapolation)
             if self.graph.clip:
                 x_hat = x_hat.clamp(-1, 1)
             if i > 1:
@@ -90,13 +100,20 @@ class Sampler(nn.Module):
             return x_hat
         return ((x_hat.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-    def _x_hat(self, z: Tensor, i: int, label: Tensor | None) -> Tensor:
+    def _x_hat(self, z: Tensor, i: int, condition: Condition) -> Tensor:
         """As `Denoiser.forward` at t = i / num_steps."""
         alpha, sigma = broadcast(self.alpha[i], z), broadcast(self.sigma[i], z)
         scale = getattr(self.parameterization, "scale_input", None)
         scaled = z if scale is None else scale(z, alpha, sigma)
-        output = networks.call(self.network, scaled, self.timestep[i].expand(z.shape[0]), label)
+        output = networks.call(self.network, scaled, self.timestep[i].expand(z.shape[0]), condition)
         return self.parameterization.to_x(output, z, alpha, sigma)
+
+
+def fixed_guidance(denoiser: Denoiser, graph: Graph) -> float | None:
+    """The guidance that the file holds; None where it is an input."""
+    if graph.guidance is None and denoiser.takes_guidance:
+        return None
+    return denoiser.default_guidance if graph.guidance is None else graph.guidance
 
 
 class _Upsample(nn.Module):
@@ -128,7 +145,7 @@ def _for_any_batch(network: nn.Module) -> nn.Module:
 
 
 def write_onnx(denoiser: Denoiser, graph: Graph, file: Path, int8: bool = False) -> None:
-    """The sampler as an ONNX graph with inputs "noise" (and "label") and output "images".
+    """The sampler as an ONNX graph with inputs "noise" (and "label", "guidance") and output "images".
 
     Where `int8`, convolutions are in 8 bits (weights by channel, activations by the range that they have on the
     sampler's own trajectories). Raises UserError for what ONNX cannot say, or hold in one file.
@@ -141,7 +158,7 @@ def write_onnx(denoiser: Denoiser, graph: Graph, file: Path, int8: bool = False)
 
     batch = {0: "batch"}
     with _in_one_line("onnx"):
-        names = ["noise", "label"][: len(_inputs(denoiser, 2))]
+        names = list(_inputs(denoiser, graph, 2))
         program = torch.onnx.export(
             _program(denoiser, graph),
             input_names=names,
@@ -159,19 +176,19 @@ def write_onnx(denoiser: Denoiser, graph: Graph, file: Path, int8: bool = False)
             return program.save(file, external_data=False)
         with tempfile.TemporaryDirectory() as folder:
             program.save(whole := Path(folder, "float.onnx"), external_data=False)
-            _quantize(whole, file, denoiser)
+            _quantize(whole, file, denoiser, graph)
     return None
 
 
-def _quantize(whole: Path, file: Path, denoiser: Denoiser) -> None:
+def _quantize(whole: Path, file: Path, denoiser: Denoiser, graph: Graph) -> None:
     from onnxruntime import quantization
 
     class Trajectories(quantization.CalibrationDataReader):
-        batches = iter([_inputs(denoiser, CALIBRATED[1], k * CALIBRATED[1]) for k in range(CALIBRATED[0])])
+        batches = iter([_inputs(denoiser, graph, CALIBRATED[1], k * CALIBRATED[1]) for k in range(CALIBRATED[0])])
 
         def get_next(self) -> Any:
-            inputs = next(self.batches, ())
-            return _named(*inputs) if inputs else None
+            inputs = next(self.batches, None)
+            return None if inputs is None else {name: tensor.numpy() for name, tensor in inputs.items()}
 
     quantization.quantize_static(
         whole,
@@ -202,14 +219,19 @@ def open_onnx(file: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return lambda noise, label: torch.from_numpy(session.run(None, _named(noise, label))[0])
+
+    def run(*inputs: Tensor | None) -> Tensor:
+        named = {name: given.numpy() for name, given in zip(INPUTS, inputs, strict=False) if given is not None}
+        return torch.from_numpy(session.run(None, named)[0])
+
+    return run
 
 
 def open_pt2(file: Path) -> Run:
     """The package, loaded by torch."""
     with _in_one_line("pt2"):
         package = torch._inductor.aoti_load_package(str(file))
-    return torch.no_grad()(lambda noise, label: package(*(given for given in (noise, label) if given is not None)))
+    return torch.no_grad()(lambda *inputs: package(*(given for given in inputs if given is not None)))
 
 
 def check_pt2() -> None:
@@ -234,13 +256,15 @@ class Difference:
 
 
 def difference(denoiser: Denoiser, graph: Graph, run: Run, sizes: Sequence[int] = CHECKED) -> Difference:
-    """Over one batch of each size. Raises ValueError, as `sample` does, for guidance without a null label."""
+    """Over one batch of each size; where guidance is an input, of several values at once.
+
+    Raises ValueError, as `sample` does, for guidance that the denoiser cannot take.
+    """
     gaps = []
     for size in sizes:
-        noise, *labels = _inputs(denoiser, size)
-        label = labels[0] if labels else None
-        images = sample(denoiser, noise, graph.num_steps, label, clip=graph.clip, guidance=graph.guidance)
-        theirs, rounding = run(noise, label), 0.0
+        inputs = _inputs(denoiser, graph, size)
+        images = _ours(denoiser, graph, inputs)
+        theirs, rounding = run(*inputs.values()), 0.0
         if theirs.dtype == torch.uint8:
             images, theirs, rounding = images.clamp(-1, 1), theirs / 127.5 - 1, 0.5 / 127.5
         gaps.append(((images - theirs).abs() - rounding).clamp(min=0) / images.abs().max().clamp(min=1))
@@ -248,25 +272,41 @@ def difference(denoiser: Denoiser, graph: Graph, run: Run, sizes: Sequence[int] 
     return Difference(float(gap.max()), float(gap.square().mean().sqrt()))
 
 
+def _ours(denoiser: Denoiser, graph: Graph, inputs: dict[str, Tensor]) -> Tensor:
+    """What `sample` draws, for each value of guidance by itself."""
+    noise, label = inputs["noise"], inputs.get("label")
+    values = _values(denoiser) if "guidance" in inputs else [graph.guidance]
+    images, step = torch.empty_like(noise), len(values)
+    for k, value in enumerate(values[: len(noise)]):
+        labels = None if label is None else label[k::step]
+        given: Any = {"clip": graph.clip, "guidance": value}
+        images[k::step] = sample(denoiser, noise[k::step], graph.num_steps, labels, **given)
+    return images
+
+
 def _program(denoiser: Denoiser, graph: Graph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
-    inputs = _inputs(denoiser, 2)
+    inputs = tuple(_inputs(denoiser, graph, 2).values())
     with torch.no_grad():
         return torch.export.export(Sampler(denoiser, graph), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
 
 
-def _inputs(denoiser: Denoiser, size: int, first: int = 0) -> tuple[Tensor, ...]:
-    """(noise,) or (noise, label): images `first`, ..., of all classes in turn."""
+def _inputs(denoiser: Denoiser, graph: Graph, size: int, first: int = 0) -> dict[str, Tensor]:
+    """What the file takes, in its order: images `first`, ..., of all classes and several values of guidance in turn."""
     indices = range(first, first + size)
-    noise = sample_noise(0, indices, denoiser.image_shape)
-    if denoiser.num_classes is None:
-        return (noise,)
-    return noise, torch.tensor(indices) % denoiser.num_classes
+    inputs = {"noise": sample_noise(0, indices, denoiser.image_shape)}
+    if denoiser.num_classes is not None:
+        inputs["label"] = torch.tensor(indices) % denoiser.num_classes
+    if fixed_guidance(denoiser, graph) is None:
+        values = _values(denoiser)
+        inputs["guidance"] = torch.tensor([values[i % len(values)] for i in indices], dtype=torch.float32)
+    return inputs
 
 
-def _named(noise: Tensor, label: Tensor | None = None) -> dict[str, Any]:
-    """As onnxruntime takes them."""
-    return {"noise": noise.numpy()} | ({} if label is None else {"label": label.numpy()})
+def _values(denoiser: Denoiser) -> list[float]:
+    """Guidance that a file is checked with: the ends of the range and its middle."""
+    low, high = denoiser.guidance or (1.0, 1.0)
+    return [low, (low + high) / 2, high]
 
 
 def _metadata(denoiser: Denoiser, graph: Graph, int8: bool = False) -> dict[str, str]:
@@ -276,7 +316,7 @@ def _metadata(denoiser: Denoiser, graph: Graph, int8: bool = False) -> dict[str,
         "lineage": denoiser.lineage,
         "fingerprint": denoiser.fingerprint,
         "clip": graph.clip,
-        "guidance": graph.guidance,
+        "guidance": denoiser.guidance if (fixed := fixed_guidance(denoiser, graph)) is None else fixed,
         "int8": int8,
     }
     return {f"pdistill_{k}": v if isinstance(v, str) else json.dumps(v) for k, v in said.items()}

@@ -45,6 +45,7 @@ class StudentPipeline(DiffusionPipeline):
         sigma_data: float = 0.5,
         num_classes: int | None = None,
         null_label: int | None = None,
+        taught_guidance: tuple[float, float] | None = None,
         heads: dict[str, list[list[float]]] | None = None,
         sampler: str = "ddim",
     ) -> None:
@@ -53,6 +54,7 @@ class StudentPipeline(DiffusionPipeline):
         `grid` holds `timesteps`, `alphas` and `sigmas` at t = 1/G, ..., 1: what the network sees of time, and the
         process z_t = alpha x + sigma eps. By default they are the scheduler's: k, 1 - k/G, k/G. `num_steps` is the step
         count by default, G if it is None; z_1 is `noise_scale` x unit noise. `null_label` stands for no class.
+        `taught_guidance` is the range that the network was taught, at one evaluation a step.
         `heads` are the step counts of a network that gives several images at once, each with the weights of those
         images in the prediction of each of its steps. `sampler` is ddim or stochastic.
         """
@@ -76,6 +78,7 @@ class StudentPipeline(DiffusionPipeline):
             sigma_data=sigma_data,
             num_classes=num_classes,
             null_label=null_label,
+            taught_guidance=taught_guidance,
             heads=heads,
             sampler=sampler,
         )
@@ -90,19 +93,20 @@ class StudentPipeline(DiffusionPipeline):
         return_dict: bool = True,
         *,
         class_labels: int | Sequence[int] | Tensor | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         clip: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """`batch_size` images (by default one, or one for each label) in `num_inference_steps` evaluations.
 
         `num_inference_steps` is by default the student's own, and must divide the grid. `class_labels` are by default
-        all classes in turn. `guidance` other than 1 takes x_none + guidance (x_class - x_none). `clip` clamps every
-        prediction to [-1, 1]. All noise is drawn from `generator`. `output_type` is "pil", "np" (B, H, W, C) or "pt"
-        (B, C, H, W), the latter two in [0, 1]. Raises ValueError for a step count or labels that it cannot take.
+        all classes in turn. `guidance` other than 1, the default, is x_none + guidance (x_class - x_none): two
+        evaluations a step, or one of a network that was taught it. `clip` clamps every prediction to [-1, 1]. All noise
+        is drawn from `generator`. `output_type` is "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in
+        [0, 1]. Raises ValueError for a step count or labels that it cannot take.
         """
         steps = self._steps(num_inference_steps)
         labels = self._labels(class_labels, batch_size)
-        null = self._null(labels, guidance)
+        told, null = self._guided(labels, guidance)
         batch = batch_size or (1 if labels is None else len(labels))
         size = self.unet.config["sample_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -112,9 +116,9 @@ class StudentPipeline(DiffusionPipeline):
         steps_shown: Any = self.progress_bar(steps)  # type: ignore[operator,arg-type]
         for i, step in enumerate(steps_shown):
             weights = self.config["heads"] and self.config["heads"][str(len(steps))][i]
-            x_hat = self._predict(z, step, labels, weights)
+            x_hat = self._predict(z, step, told, weights)
             if null is not None:
-                x_hat = torch.lerp(self._predict(z, step, null, weights), x_hat, guidance)
+                x_hat = torch.lerp(self._predict(z, step, null, weights), x_hat, guidance)  # type: ignore[arg-type]
             x_hat = x_hat.clamp(-1, 1) if clip else x_hat
             if i + 1 < len(steps):
                 z = self._next(z, x_hat, [*steps, (0.0, 1.0, 0.0)][i : i + 3], generator)
@@ -156,13 +160,25 @@ class StudentPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels must be integers of 0 to {classes - 1}")
         return given.long()
 
-    def _null(self, labels: Tensor | None, guidance: float) -> Tensor | None:
-        """The labels that stand for none, where guidance needs them."""
-        if guidance == 1:
-            return None
+    def _guided(
+        self, labels: Tensor | None, guidance: float | None
+    ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None] | None]:
+        """What the network is given beside z and the time; and that for no class, where guidance needs it."""
+        given: dict[str, Tensor | None] = {"class_labels": labels}
+        taught = self.config["taught_guidance"]
+        if taught is not None:
+            low, high = taught
+            guidance = min(max(1.0, low), high) if guidance is None else guidance
+            if not low <= guidance <= high:
+                raise ValueError(f"guidance={guidance} is outside of what this model was taught, {low:g} to {high:g}")
+            if low < high and labels is not None:
+                given["guidance"] = torch.full((len(labels),), float(guidance), device=labels.device)
+            return given, None
+        if guidance in (None, 1):
+            return given, None
         if labels is None or self.config["null_label"] is None:
             raise ValueError(f"guidance={guidance} needs a class-conditional model trained with label dropout")
-        return torch.full_like(labels, self.config["null_label"])
+        return given, {"class_labels": torch.full_like(labels, self.config["null_label"])}
 
     def _next(self, z: Tensor, x_hat: Tensor, steps: list[tuple[float, float, float]], generator: Any) -> Tensor:
         """z at the second of `steps`: the one at z, the next and the one after that, or clean data."""
@@ -178,7 +194,11 @@ class StudentPipeline(DiffusionPipeline):
         return kept * z + std * randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
 
     def _predict(
-        self, z: Tensor, step: tuple[float, float, float], labels: Tensor | None, weights: list[float] | None
+        self,
+        z: Tensor,
+        step: tuple[float, float, float],
+        given: dict[str, Tensor | None],
+        weights: list[float] | None,
     ) -> Tensor:
         """x_hat (B, C, H, W), float32."""
         timestep, alpha, sigma = step
@@ -187,7 +207,7 @@ class StudentPipeline(DiffusionPipeline):
         d = alpha**2 * sd**2 + sigma**2  # Karras et al., 2022, Table 1, for any alpha
         times = torch.full((len(z),), timestep, dtype=torch.float32, device=z.device)
         scaled = z * d**-0.5 if edm else z
-        output = self.unet(scaled.to(self.unet.dtype), times, class_labels=labels).sample.float()
+        output = self.unet(scaled.to(self.unet.dtype), times, **given).sample.float()
         if weights:
             share = torch.tensor(weights, device=z.device)[:, None, None, None]
             output = (share * output.unflatten(1, (len(weights), -1))).sum(1)

@@ -23,7 +23,9 @@ from diffusers.models.embeddings import Timesteps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pdistill import guided
 from pdistill.files import write_json
+from pdistill.guided import GuidedUNet2DModel
 from pdistill.heads import Heads, blocks
 from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
 from pdistill.sampling import DDIM, STOCHASTIC
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 PREDICTION_TYPES = {V: "v_prediction", X: "sample", Eps: "epsilon"}  # diffusers has no word for the others
 BY_OUR_PIPELINE = (Eps, X, XEps, V, Flow, Edm)  # and Heads of one of these
 PIPELINE = Path(__file__).with_name("pipeline.py")
+GUIDED = Path(guided.__file__)
 DEFAULT_STEPS = 1000  # of DDPMPipeline, where its caller gives none
 REFINED = 3
 UNET_WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -74,10 +77,12 @@ def write_unet(
         inner = type(getattr(denoiser.parameterization, "inner", denoiser.parameterization))
         if inner in BY_OUR_PIPELINE and denoiser.sampler in (DDIM, STOCHASTIC):
             shutil.copyfile(PIPELINE, directory / PIPELINE.name)
+            if isinstance(network, GuidedUNet2DModel):
+                shutil.copyfile(GUIDED, directory / "unet" / GUIDED.name)
             write_json(directory / "model_index.json", _index_of_ours(denoiser, grid))
     save_weights(weights, directory / UNET_WEIGHTS, metadata)
     kept = {CONTINUOUS: {key: config[key] for key in changes}}
-    write_json(directory / "unet" / "config.json", config | {"_class_name": "UNet2DModel"} | kept | changes)
+    write_json(directory / "unet" / "config.json", config | {"_class_name": type(network).__name__} | kept | changes)
 
 
 def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -103,7 +108,8 @@ def read_unet(directory: Path) -> UNet2DModel:
         del weights["time_proj.weight"]
     if "freq_shift" in changed:
         weights |= load_file(directory / TIME_EMBEDDING)
-    network: Any = UNet2DModel.from_config(config | changed)
+    kind = GuidedUNet2DModel if config.get("_class_name") == GuidedUNet2DModel.__name__ else UNet2DModel
+    network: Any = kind.from_config(config | changed)
     network.load_state_dict(weights)
     return network
 
@@ -209,6 +215,7 @@ def _index_of_ours(denoiser: "Denoiser", grid: int) -> dict[str, Any]:
     alphas, sigmas = denoiser.schedule.alpha_sigma(denoiser.schedule(t))
     timesteps = denoiser.schedule.timestep(t)
     parameterization: Any = denoiser.parameterization
+    kind = type(denoiser.network).__name__
     heads = None
     if isinstance(parameterization, Heads):
         counts = denoiser.step_counts if parameterization.counts else [len(parameterization.ratios)]
@@ -217,13 +224,14 @@ def _index_of_ours(denoiser: "Denoiser", grid: int) -> dict[str, Any]:
     return {
         "_class_name": [PIPELINE.stem, "StudentPipeline"],
         "_diffusers_version": diffusers.__version__,
-        "unet": ["diffusers", "UNet2DModel"],
+        "unet": [GUIDED.stem, kind] if kind == GuidedUNet2DModel.__name__ else ["diffusers", kind],
         "prediction": parameterization.name,
         "grid": {"timesteps": timesteps.tolist(), "alphas": alphas.tolist(), "sigmas": sigmas.tolist()},
         "num_steps": denoiser.num_steps or grid,
         "noise_scale": denoiser.schedule.noise_scale,
         "num_classes": denoiser.num_classes,
         "null_label": denoiser.null_label,
+        "taught_guidance": denoiser.guidance,
         "heads": heads,
         "sampler": denoiser.sampler,
     } | ({"sigma_data": parameterization.sigma_data} if isinstance(parameterization, Edm) else {})

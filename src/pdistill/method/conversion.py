@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdistill.denoiser import Denoiser
 from pdistill.sampling import Condition, noised
-from pdistill.steps import Stage
+from pdistill.steps import CONVERTED, Stage
 from pdistill.weighting import weighted_loss
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Conversion:
 
     def stages(self, steps: "Steps", max_teacher_steps: int = 1) -> list[Stage]:
         """One stage at every time, as long as each of the last two, measured at the plan's first step count."""
-        return [Stage(len(steps.plan), steps.plan[0], 0, 1, steps.updates_last_two, continuous=True)]
+        return [Stage(len(steps.plan), steps.plan[0], 0, 1, steps.updates_last_two, called=CONVERTED)]
 
     def losses(
         self,

@@ -32,6 +32,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, width: int = WIDTH) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.layers = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),
@@ -51,6 +52,12 @@ class Classifier(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features)
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """How often logits (N, classes) say the class of labels (N,), in [0, 1], and the binomial standard deviation."""
+    share = float((logits.argmax(1) == labels.to(logits.device)).float().mean())
+    return {"class_accuracy": share, "class_accuracy_std": (share * (1 - share) / len(labels)) ** 0.5}
 
 
 def train_classifier(

@@ -8,7 +8,7 @@ from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
 from pdistill.metrics.distances import FrechetDistance, check_finite, home_of_doubles
 from pdistill.metrics.extractors import metric_name
-from pdistill.metrics.provenance import Provenance, drawn_by, measured_with
+from pdistill.metrics.provenance import Provenance, drawn_by, guided_by, measured_with
 from pdistill.metrics.reference import reference
 from pdistill.metrics.shares import my_batches, together
 from pdistill.sampling import Draw, generate, sampler_of
@@ -64,7 +64,7 @@ class FID:
         """What the metric is measured with."""
         shared = measured_with(self.extractor, self.data, self.num_samples, self.seed, self.device)
         used, clip = sampler_of(denoiser, sampler), self._draw(num_steps, sampler).clip
-        return shared | drawn_by(denoiser.fingerprint, used, num_steps, clip)
+        return shared | drawn_by(denoiser.fingerprint, used, num_steps, clip) | guided_by(denoiser, num_steps)
 
     def _draw(self, num_steps: int, sampler: str | None) -> Draw:
         return Draw(num_steps, self.seed, self.batch_size, sampler)

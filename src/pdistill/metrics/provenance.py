@@ -61,6 +61,23 @@ def drawn_by(fingerprint: str | None, sampler: str, num_steps: int | None, clip:
     return {"denoiser_fingerprint": fingerprint, "sampler": sampler, "num_steps": num_steps, "clip": clip}
 
 
+def guided_by(model: Any, num_steps: int, guidance: float | None = None) -> Provenance:
+    """The part of the provenance that says the guidance, given or by default; nothing where none was given or taught.
+
+    `network_evaluations` of a sample stand there where they are two a step.
+    """
+    taught = getattr(model, "guidance", None)
+    if guidance is None and taught is None:
+        return {}
+    value = model.default_guidance if guidance is None else guidance
+    return {"guidance": value} | ({"network_evaluations": 2 * num_steps} if taught is None and value != 1 else {})
+
+
+def evaluations(made_with: Provenance) -> int | None:
+    """Network evaluations of a sample: one a step, or two of guidance that was not taught; None of real images."""
+    return made_with.get("network_evaluations") or made_with.get("num_steps")
+
+
 def precision_in_force(device: "torch.device | str") -> str:
     """What float32 networks compute with on the device: "float32", "float32 with tf32 convolutions", "bfloat16", ..."""
     import torch

@@ -80,7 +80,7 @@ def _read(path: Path, features: bool) -> Reference | None:
 @torch.inference_mode()
 def _measure(extractor: nn.Module, data: ImageSet, device: torch.device | str) -> Reference:
     """Sums of differences from the mean of the first images, so that nothing cancels, added up over processes."""
-    chosen = _chosen(data)
+    kept_ones = chosen(data)
 
     def features_of(batch: range) -> Tensor:
         return extractor(data.images[batch.start : batch.stop].to(device)).float()
@@ -89,7 +89,7 @@ def _measure(extractor: nn.Module, data: ImageSet, device: torch.device | str) -
     total, square, kept = torch.zeros_like(origin), origin.new_zeros(len(origin), len(origin)), []
     for batch in my_batches(len(data.images), BATCH, f"{extractor.name} features of {data.name}"):
         features = features_of(batch)
-        kept.append(features[chosen[batch.start : batch.stop].to(features.device)].cpu())
+        kept.append(features[kept_ones[batch.start : batch.stop].to(features.device)].cpu())
         centred = double(features) - origin
         total += centred.sum(0)
         square += centred.T @ centred
@@ -103,7 +103,7 @@ def _measure(extractor: nn.Module, data: ImageSet, device: torch.device | str) -
     return Reference(origin.cpu() + shift, covariance, torch.cat(kept) if leads() else None)
 
 
-def _chosen(data: ImageSet) -> Tensor:
+def chosen(data: ImageSet) -> Tensor:
     """Which images' features are kept, bool (N,): as many as may be, at random by a key that the content gives.
 
     A folder's order is that of its classes, and its first images are of few.

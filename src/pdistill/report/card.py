@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader
 from pdistill import __version__, registry
 from pdistill.denoiser import Denoiser
 from pdistill.files import read_json
+from pdistill.metrics.provenance import evaluations
 from pdistill.report import tables
 from pdistill.report.choices import Config
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, run_json
@@ -31,6 +32,7 @@ FROM_THE_HUB = "diffusers:"  # begins the lineage of a teacher that diffusers ma
 HUB_DATASET = "pdistill.dataset.huggingface.load"
 REQUIRED = ("extractor", "reference", "num_samples", "num_steps")  # of a provenance
 NO_METRICS = ("provenance", "seconds")
+NOT_ABOUT = ("denoiser", "label", "num_steps", "network_evaluations")  # of a provenance: said otherwise, or nowhere
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def make(model: Model, repo_id: str, license: str | None = None) -> ModelCard:
         stages="\n".join(tables.markdown(*tables.stages(model.rows))) if model.rows else None,
         notes=tables.stage_notes(model.rows),
         pipeline=pipeline,
+        code=_code(model, pipeline),
+        guidance=_shown_guidance(model.denoiser),
         made=_made(model),
         version=__version__,
     )
@@ -148,16 +152,17 @@ def results(model: Model) -> list[EvalResult]:
         made_with = row.get("provenance") or {}
         if made_with.get(KEY_OF_WEIGHTS) != model.fingerprint or not all(made_with.get(k) for k in REQUIRED):
             continue
-        about = {k: v for k, v in made_with.items() if v is not None and k not in ("denoiser", "label", "num_steps")}
+        about = {k: v for k, v in made_with.items() if v is not None and k not in NOT_ABOUT}
+        guided = f", guidance {made_with['guidance']:g}" if "guidance" in made_with else ""
         alike = tuple(sorted((k, str(v)) for k, v in about.items() if k not in ("version", "intervals")))
         for key in _measured_keys(row):
             std = finite(row.get(f"{key}_std"))
-            arguments = {"nfe": made_with["num_steps"]} | ({} if std is None else {"std": std}) | about
+            arguments = {"nfe": evaluations(made_with)} | ({} if std is None else {"std": std}) | about
             result = EvalResult(
                 task_type=TASK,
                 metric_type=key,
                 metric_value=row[key],
-                metric_name=f"{key}, {_steps(made_with['num_steps'])}, {made_with['num_samples']} samples",
+                metric_name=f"{key}, {_steps(made_with['num_steps'])}{guided}, {made_with['num_samples']} samples",
                 metric_args=arguments,
                 **_reference(model, made_with["reference"]),
             )
@@ -212,6 +217,20 @@ def _pipeline_class(model: Model) -> str | list[str] | None:
     return _object(model.directory / "model_index.json").get("_class_name")
 
 
+def _code(model: Model, pipeline: str | list[str] | None) -> str | None:
+    """The Python files of the folder that diffusers runs, in words; None where it needs none."""
+    if not isinstance(pipeline, list):
+        return None
+    network = ["unet/guided.py"] if (model.directory / "unet" / "guided.py").is_file() else []
+    return " and ".join(f"`{file}`" for file in (f"{pipeline[0]}.py", *network))
+
+
+def _shown_guidance(denoiser: Denoiser) -> float | None:
+    """A value for the lines to use it; None where the network takes none."""
+    low, high = denoiser.guidance or (1.0, 1.0)
+    return min(max(2.0, low), high) if denoiser.takes_guidance else None
+
+
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object of a denoiser's directory; empty where there is none."""
     content = read_json(path, {}, cure="copy or train the denoiser again")
@@ -234,6 +253,10 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         facts.append(("sampler", denoiser.sampler))
     if denoiser.num_classes is not None:
         facts.append(("classes", str(denoiser.num_classes)))
+    if denoiser.guidance is not None:
+        low, high = denoiser.guidance
+        kind = f"any from {low:g} to {high:g}, an input" if low < high else f"{low:g}, in the weights"
+        facts.append(("guidance", f"{kind}; one evaluation a step"))
     if model.base_model:
         facts.append(("teacher", f"[{model.base_model}](https://huggingface.co/{model.base_model})"))
     if model.dataset:
@@ -251,13 +274,16 @@ def _in_words(group: str, part: Any) -> str:
 def _metrics(found: list[EvalResult]) -> tables.Words:
     """Metrics with what they are of."""
     lines = []
+    guided = any("guidance" in (result.metric_args or {}) for result in found)
     for result in found:
         made_with = result.metric_args or {}
         spread = f" ± {tables.words(made_with['std'], '.2g')}" if "std" in made_with else ""
-        columns = [made_with.get(k, "") for k in ("nfe", "sampler", "num_samples", "extractor")]
+        keys = ("nfe", *(["guidance"] if guided else []), "sampler", "num_samples", "extractor")
+        columns = [made_with.get(k, "") for k in keys]
         of_reference = f"{result.dataset_name} ({made_with.get('reference_size', '?')} images)"
         lines.append([result.metric_type, tables.words(result.metric_value) + spread, *map(str, columns), of_reference])
-    return ["metric", "value", "steps (NFE)", "sampler", "samples", "features", "against"], lines
+    guidance = ["guidance"] if guided else []
+    return ["metric", "value", "steps (NFE)", *guidance, "sampler", "samples", "features", "against"], lines
 
 
 def _measured(found: list[EvalResult]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pdistill.metrics.curve import Curves
-from pdistill.metrics.provenance import comparable
+from pdistill.metrics.provenance import comparable, evaluations
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys
 from pdistill.steps import is_student
 
@@ -145,14 +145,16 @@ def cells(rows: list[dict]) -> tuple[list[str], list[list[str]], list[str]]:
     )
     metrics = [k for k in keys if any(finite(row.get(k)) is not None for row in rows)]
     sampled = [row["provenance"] for row in rows if row["provenance"].get("num_steps")]
+    twice = any(evaluations(made_with) != made_with["num_steps"] for made_with in sampled)
     lines, marks = [], {}
     for row in sorted(rows, key=lambda row: row["provenance"]["label"] == REAL):
         made_with, label = row["provenance"], row["provenance"]["label"]
         for reason in _reservations(sampled[0], made_with) if sampled else []:
             label += marks.setdefault(reason, "†" * (len(marks) + 1))
         values = [_with_spread(row.get(m), row.get(f"{m}_std")) for m in metrics]
-        lines.append([label, str(made_with.get("num_steps") or ""), str(made_with.get("num_samples", "")), *values])
-    headings = ["samples of", "steps", "number", *metrics]
+        cost = [str(made_with.get("num_steps") or ""), *([str(evaluations(made_with) or "")] if twice else [])]
+        lines.append([label, *cost, str(made_with.get("num_samples", "")), *values])
+    headings = ["samples of", "steps", *(["evaluations"] if twice else []), "number", *metrics]
     return headings, lines, [f"{mark} {reason}" for reason, mark in marks.items()]
 
 
@@ -161,7 +163,8 @@ def _with_spread(value: object, spread: object) -> str:
 
 
 def curves(rows: list[dict]) -> tuple[str | None, Curves]:
-    """The name of the FID, and its values, of the rows that are a comparison with the first sampled one.
+    """The name of the FID, and its values by network evaluations, of the rows that are a comparison with the first
+    sampled one.
 
     With a standard deviation the values are three: the metric less that, itself, and with that added.
     """
@@ -175,7 +178,7 @@ def curves(rows: list[dict]) -> tuple[str | None, Curves]:
         spread = finite(row.get(f"{metric}_std")) or 0.0
         label = made_with["label"] + (", weights unknown" if _weights_unknown(made_with) else "")
         values = [value - spread, value, value + spread] if spread else [value]
-        found.setdefault(label, {})[made_with["num_steps"]] = values
+        found.setdefault(label, {})[evaluations(made_with) or 0] = values
     return metric, found
 
 

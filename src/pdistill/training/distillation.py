@@ -36,9 +36,9 @@ class DistillationModule(DenoisingModule):
         student = copy.deepcopy(start or teacher)
         if isinstance(method, Begins):
             student = method.begin(student, stage)
-        student.num_steps = None if stage.continuous else stage.num_steps
+        student.num_steps = None if stage.called else stage.num_steps
         student.sampler = sampler_taught(method)
-        student.lineage = [*student.lineage, stage.name if stage.continuous or stage.counts else stage.num_steps]
+        student.lineage = [*student.lineage, stage.name if stage.called or stage.counts else stage.num_steps]
         settings = recipe.settings
         super().__init__(student, recipe, stage.index, annealing(settings, stage.updates), stage.updates)
         self.weighting = with_loss(recipe.weighting, settings.loss, settings.huber_c)

@@ -78,17 +78,28 @@ class DenoisingModule(LightningModule):
     def condition_of(self, batch: dict[str, Any]) -> Condition:
         """The batch's `condition` (labels, or a dict of tensors), else its `label` if the network takes one, else None.
 
-        A share `label_dropout` of the labels is replaced by the null label (Ho & Salimans, 2022).
+        A share `label_dropout` of the labels is replaced by the null label (Ho & Salimans, 2022). A student that learns
+        guidance is told of all, and of a guidance drawn uniformly from its range.
         """
         condition = batch.get("condition")
         if condition is None and self.denoiser.num_classes is not None:
             condition = batch["label"]
+        if self.denoiser.guidance is not None:
+            return self._guided(condition)
         if condition is None or not self.recipe.label_dropout:
             return condition
         null = self.denoiser.null_condition(condition)
         if isinstance(condition, dict) and isinstance(null, dict):
             return condition | {"label": self._hidden(condition["label"], null["label"])}
         return self._hidden(condition, null)
+
+    def _guided(self, condition: Condition) -> Condition:
+        low, high = self.denoiser.guidance or (1.0, 1.0)
+        if not self.denoiser.takes_guidance or condition is None:
+            return condition
+        tensor = next(iter(condition.values())) if isinstance(condition, dict) else condition
+        drawn = torch.rand(len(tensor), device=tensor.device)
+        return self.denoiser.told(condition, low + (high - low) * drawn)
 
     def _hidden(self, label: Any, null: Any) -> Tensor:
         return torch.where(torch.rand(len(label), device=label.device) < self.recipe.label_dropout, null, label)

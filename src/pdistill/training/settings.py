@@ -139,7 +139,14 @@ class Conversion(Optimization):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.updates is not None:
-            whole("conversion.updates", self.updates, 1)
+            whole(f"{self.section}.updates", self.updates, 1)
+
+
+@dataclass
+class Guiding(Conversion):
+    """Of the stage that teaches a student its teacher's guidance."""
+
+    section = "guiding"
 
 
 @dataclass
