@@ -425,6 +425,7 @@ def test_bad_input(place, told, smoke_denoiser, tmp_path):
         ("distill.py", folder, *ours, words, "teacher_null_label=3"): "its empty prompt stands for none",
         ("distill.py", folder, *ours, words, "lora.rank=0"): "lora.rank=0 must be",
         ("distill.py", folder, *ours, words, "lora.rank=2", "method=parallel_decoding"): "keeps the last layer",
+        ("distill.py", folder, *ours, words, "method.stochastic=true"): "has no sampler stochastic: use method.stochas",
         ("distill.py", folder, *ours, words, "method=multistep_consistency"): "knows 1000 times: use no more",
         ("distill.py", folder, *ours, f"dataset.path={captioned}"): "has no 'text' in metadata.jsonl",
         ("sample.py", f"denoiser={smoke_denoiser}", "prompt=a seven"): "has no text encoder: leave it out",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pdistill import network as networks
 from pdistill import registry
 from pdistill.parameterization import Parameterization, broadcast
-from pdistill.sampling import Condition
+from pdistill.sampling import DDIM, Condition
 from pdistill.schedule import Schedule
 
 
@@ -46,6 +46,7 @@ class Denoiser(nn.Module):
     `null_label` is the label that stands for none, where the network was trained with label dropout: its last.
     `image_shape` (C, H, W) must be given for a network that is not a UNet2DModel. `guidance` is the range (low, high)
     of classifier-free guidance that it was taught, at one evaluation a step; None for a denoiser that was not.
+    `sampler` is the one that a student was distilled for, by its name; `sample` takes it by default.
     `codec` belongs to a denoiser of latents, whose condition is text. `adapters` are those that are merged into the
     weights: see `pdistill.lora`.
     """
@@ -61,6 +62,7 @@ class Denoiser(nn.Module):
         *,
         image_shape: tuple[int, int, int] | None = None,
         guidance: tuple[float, float] | None = None,
+        sampler: str = DDIM,
         codec: Codec | None = None,
     ) -> None:
         super().__init__()
@@ -74,6 +76,7 @@ class Denoiser(nn.Module):
         self.codec = codec
         self.adapters: dict[str, Tensor] | None = None
         self._image_shape = image_shape
+        self.sampler = sampler
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         alpha, sigma = (broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t)))
@@ -171,7 +174,13 @@ class Denoiser(nn.Module):
             "null_label": self.null_label,
             "image_shape": list(self.image_shape),
             "network": {"name": network["name"], **arguments},
-        } | ({} if self.guidance is None else {"guidance": list(self.guidance)})
+        } | self.taught
+
+    @property
+    def taught(self) -> dict[str, Any]:
+        """What is written down of those that have it alone, so that the others' descriptions stay what they were."""
+        guidance: dict[str, Any] = {} if self.guidance is None else {"guidance": list(self.guidance)}
+        return guidance | ({} if self.sampler == DDIM else {"sampler": self.sampler})
 
     @property
     def fingerprint(self) -> str:

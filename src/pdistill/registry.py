@@ -40,7 +40,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "classifier": "pdistill.metrics.classifier:train_classifier",
         "inception": "pdistill.metrics.extractors:inception",
     },
-    "sampler": {"ddim": "pdistill.sampling:ddim", "ancestral": "pdistill.sampling:ancestral"}
+    "sampler": {name: f"pdistill.sampling:{name}" for name in ("ddim", "ancestral", "stochastic")}
     | {
         name: f"pdistill.interop.schedulers:{function}"
         for name, function in {

@@ -14,6 +14,7 @@ from pdistill.parameterization import broadcast
 from pdistill.randomness import sample_noise
 from pdistill.schedule import AlphaSigma, Schedule, logsnr_on_grid, variance_preserving
 
+DDIM, STOCHASTIC = "ddim", "stochastic"  # samplers that students are taught
 Variance = Literal["large", "small"] | float
 Condition = Tensor | dict[str, Tensor] | None  # labels (B,), or tensors whose first dimension is B
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (z, t (B,)) -> x_hat, clipped and guided as was asked for
@@ -50,30 +51,61 @@ class Options:
     callback: Callback = field(default=lambda i, z, x_hat: None)
     """Is shown (i, z, x_hat) at every t = i/N, i = N, ..., 1."""
 
+    def noise(self, i: int, z: Tensor) -> Tensor:
+        """That of `step_noise`, or, without, as much as z from torch's global generator."""
+        return torch.randn_like(z) if self.step_noise is None else self.step_noise(i)
+
 
 def ddim(denoise: Denoise, schedule: Schedule, z: Tensor, num_steps: int, options: Options) -> Tensor:
     """The deterministic sampler of the paper: t = 1, 1 - 1/N, ..., 1/N; the last step returns x_hat."""
     x_hat = z
-    for i, t, logsnr_t, logsnr_s in _grid(schedule, z, num_steps):
+    for i, t, logsnr in _grid(schedule, z, num_steps):
         x_hat = denoise(z, t)
         options.callback(i, z, x_hat)
         if i > 1:
-            z = ddim_step(z, x_hat, logsnr_t, logsnr_s, schedule.alpha_sigma)
+            z = ddim_step(z, x_hat, logsnr[i], logsnr[i - 1], schedule.alpha_sigma)
     return x_hat
 
 
 def ancestral(denoise: Denoise, schedule: Schedule, z: Tensor, num_steps: int, options: Options) -> Tensor:
     """The stochastic sampler of the paper, with `options.variance` between its two bounds."""
     x_hat = z
-    for i, t, logsnr_t, logsnr_s in _grid(schedule, z, num_steps):
+    for i, t, logsnr in _grid(schedule, z, num_steps):
         x_hat = denoise(z, t)
         options.callback(i, z, x_hat)
-        if i == 1:
-            break
-        noise = torch.randn_like(z) if options.step_noise is None else options.step_noise(i - 1)
-        mean, std = posterior(z, x_hat, schedule.alpha_sigma, (logsnr_t, logsnr_s), options.variance)
-        z = mean + std * noise
+        if i > 1:
+            noise = options.noise(i - 1, z)
+            mean, std = posterior(z, x_hat, schedule.alpha_sigma, (logsnr[i], logsnr[i - 1]), options.variance)
+            z = mean + std * noise
     return x_hat
+
+
+def stochastic(denoise: Denoise, schedule: Schedule, z: Tensor, num_steps: int, options: Options) -> Tensor:
+    """The sampler of Meng et al., 2022 (2210.03142): from t = i/N one DDIM step to (i - 2)/N, then noise to (i - 1)/N.
+
+    The last step returns x_hat. For students that were trained for steps of this length, and for teachers.
+    """
+    x_hat = z
+    for i, t, logsnr in _grid(schedule, z, num_steps):
+        x_hat = denoise(z, t)
+        options.callback(i, z, x_hat)
+        if i > 1:
+            z = ddim_step(z, x_hat, logsnr[i], logsnr[i - 2], schedule.alpha_sigma)
+            z = renoised(z, options.noise(i - 1, z), logsnr[i - 2], logsnr[i - 1], schedule.alpha_sigma)
+    return x_hat
+
+
+def renoised(
+    z_s: Tensor, noise: Tensor, logsnr_s: Tensor, logsnr_m: Tensor, alpha_sigma: AlphaSigma = variance_preserving
+) -> Tensor:
+    """z_m ~ q(z_m | z_s) = N((alpha_m / alpha_s) z_s, (1 - SNR_m / SNR_s) sigma_m^2), for a noisier m, and unit noise.
+
+    Images (B, C, H, W), logsnr (B,). The variance is sigma_m^2 - (alpha_m sigma_s / alpha_s)^2; s may be clean data.
+    """
+    alpha_s, _ = alpha_sigma(logsnr_s)
+    alpha_m, sigma_m = alpha_sigma(logsnr_m)
+    std = (-torch.expm1(logsnr_m - logsnr_s)).sqrt() * sigma_m
+    return broadcast(alpha_m / alpha_s, z_s) * z_s + broadcast(std, z_s) * noise
 
 
 def posterior(
@@ -97,12 +129,12 @@ def posterior(
     return mean, broadcast(one_minus_r.sqrt() * sigma_t**large * sigma_s ** (1 - large), z_t)
 
 
-def _grid(schedule: Schedule, z: Tensor, num_steps: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(i, t (B,), logsnr_t (1,), logsnr_s (1,)) of every step; known beforehand, so that no step waits for them."""
+def _grid(schedule: Schedule, z: Tensor, num_steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(i, t (B,), logsnr (N + 1, 1) at 0, ..., N) of every step; known beforehand, so that no step waits for them."""
     grid = torch.arange(num_steps + 1, device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
     logsnr = logsnr_on_grid(schedule, grid, num_steps)[:, None]
     for i in range(num_steps, 0, -1):
-        yield i, (grid[i] / num_steps).expand(len(z)), logsnr[i], logsnr[i - 1]
+        yield i, (grid[i] / num_steps).expand(len(z)), logsnr
 
 
 def samplers() -> list[str]:
@@ -110,12 +142,31 @@ def samplers() -> list[str]:
     return registry.names("sampler")
 
 
+def sampler_of(denoiser: Any, asked: str | None = None) -> str:
+    """The sampler that was asked for; by default the denoiser's own: ddim, if it does not name another.
+
+    Raises ValueError for one that is not known, and for one that a student was not taught: one of another sampler than
+    ddim takes that alone, and one of ddim does not take stochastic. A teacher takes any.
+    """
+    own = getattr(denoiser, "sampler", DDIM)
+    sampler = own if asked is None else asked
+    if sampler not in samplers():
+        raise ValueError(f"sampler must be one of {', '.join(samplers())}, not {sampler!r}")
+    is_student = getattr(denoiser, "num_steps", None) is not None
+    if is_student and sampler != own and (own != DDIM or sampler == STOCHASTIC):
+        raise ValueError(
+            f"this student of {denoiser.num_steps} steps was distilled for the sampler {own}, not {sampler}: its steps "
+            f"have another length; leave the sampler out, or give {own}"
+        )
+    return sampler
+
+
 def sample(
     denoiser: Any,
     noise: Tensor,
     num_steps: int,
     condition: Condition = None,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     clip: bool = True,
     *,
     guidance: float | None = None,
@@ -125,22 +176,23 @@ def sample(
 ) -> Tensor:
     """Images (B, C, H, W) from unit noise of that shape in `num_steps` evaluations, t = 1, 1 - 1/N, ..., 1/N.
 
-    `sampler` is a name that `samplers()` lists: ddim, ancestral, one of diffusers' solvers, or a registered one. The
-    last step returns x_hat. `clip` clamps every x_hat to [-1, 1], as the paper does; latents never are. The ancestral
-    sampler takes its noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or
-    `step_noise(i)`; by default it is drawn from torch's global generator. `callback(i, z, x_hat)` sees every step.
+    `sampler` is a name that `samplers()` lists: ddim, ancestral, stochastic, one of diffusers' solvers, or a registered
+    one; by default the denoiser's own, ddim if it does not name another. The last step returns x_hat. `clip` clamps
+    every x_hat to [-1, 1], as the paper does; latents never are. The ancestral and the stochastic sampler take their
+    noise in the step from t = (i + 1)/N to i/N, i = N-1, ..., 1, from `step_noise[i]` or `step_noise(i)`; by default it
+    is drawn from torch's global generator. `callback(i, z, x_hat)` sees every step.
 
     `guidance` other than 1 takes x = x_none + guidance (x_condition - x_none), x_none being the prediction under the
     null condition, at two evaluations a step (classifier-free guidance, Ho & Salimans, 2022; the same in x as in eps).
     A denoiser that was taught guidance takes one. By default it is 1, or what lies nearest to it in the taught range.
 
-    Raises ValueError for a step count below 1, an unknown sampler, a variance out of range, a class-conditional
-    denoiser without labels, guidance of one that has no null condition, or outside of the range that was taught.
+    Raises ValueError for a step count below 1, a sampler that `sampler_of` refuses, a variance out of range, a
+    class-conditional denoiser without labels, guidance of one that has no null condition, or outside of the range that
+    was taught.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-    if sampler not in samplers():
-        raise ValueError(f"sampler must be one of {', '.join(samplers())}, not {sampler!r}")
+    sampler = sampler_of(denoiser, sampler)
     if variance not in ("large", "small") and not (isinstance(variance, int | float) and 0 <= variance <= 1):
         raise ValueError(f"variance must be 'large', 'small' or a fraction in [0, 1], not {variance!r}")
     num_classes = getattr(denoiser, "num_classes", None)
@@ -187,7 +239,8 @@ class Draw:
     num_steps: int
     seed: int = 0
     batch_size: int = 250
-    sampler: str = "ddim"
+    sampler: str | None = None
+    """By default the denoiser's own."""
     clip: bool = True
     guidance: float | None = None
     """None: the denoiser's own, `Denoiser.default_guidance`."""
@@ -229,8 +282,9 @@ def _drawn(
     hooks: dict[str, Any] = {"step_noise": lambda i: noise(draw=i), "callback": lambda i, z, x_hat: on_step()}
     images = sample(denoiser, noise(), condition=_condition(denoiser, batch, draw, device), **hooks, **draw.options())
     if not images.isfinite().all():
+        used = sampler_of(denoiser, draw.sampler)
         raise UserError(
-            f"samples of {draw.num_steps} steps by {draw.sampler} are not finite (NaN or infinite): the denoiser's "
+            f"samples of {draw.num_steps} steps by {used} are not finite (NaN or infinite): the denoiser's "
             f"weights are not, or this sampler diverges here; train it again, or use sampler=ddim"
         )
     return images if codec is None else codec.decode(images)

@@ -21,6 +21,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, whole_directory, write_json
 from pdistill.interop import stable_diffusion, students
+from pdistill.sampling import DDIM
 
 FORMAT = 2  # 1, of version 0.1.0, is read too
 DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
@@ -76,7 +77,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         "num_steps": denoiser.num_steps,
         "lineage": denoiser.lineage,
         "null_label": denoiser.null_label,
-    } | ({} if denoiser.guidance is None else {"guidance": list(denoiser.guidance)})
+    } | denoiser.taught
     try:
         json.dumps(description)
     except TypeError as error:
@@ -104,6 +105,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         try:
             parameterization = _part("parameterization", description["parameterization"])
             schedule = _part("schedule", description["schedule"])
+            registry.find("sampler", sampler := description.get("sampler", DDIM))
             if made["name"] not in IN_UNET:
                 registry.find("network", made["name"])
         except UserError as error:
@@ -125,6 +127,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             description.get("null_label"),
             image_shape=tuple(shape) if shape else None,
             guidance=None if guidance is None else (float(guidance[0]), float(guidance[1])),
+            sampler=sampler,
             codec=stable_diffusion.Codec(directory) if made["name"] == networks.CONDITIONAL_UNET else None,
         )
         if (directory / lora.FILE).exists():

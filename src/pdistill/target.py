@@ -1,6 +1,8 @@
 """What a student must predict, in closed form (paper, Section 3, Algorithm 2), and teachers of a better step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,16 +41,63 @@ def distillation_target(
     predictions: the weights still add up to 1, and those of earlier predictions may be negative. Both are for teachers
     that were trained in continuous time: a student's DDIM steps are what it was taught.
     """
-    schedule = teacher.schedule
-    fine = num_steps * teacher_steps
+    route = ddim_route(t, num_steps, teacher_steps)
+    return x_along(route, teacher, z_t, condition, order=order, variance=variance)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a teacher's steps lead: through the times points / `grid`, whole numbers (B,) that never rise.
+
+    Where two neighbours are equal, the example has arrived, and the step changes nothing. The teacher sees times of
+    `dtype`, none below 1/`grid`.
+    """
+
+    points: Sequence[Tensor]
+    grid: int
+    dtype: torch.dtype
+
+
+def ddim_route(t: Tensor, num_steps: int, teacher_steps: int) -> Route:
+    """From t (B,), multiples of 1/num_steps above 0, to t - 1/num_steps in `teacher_steps` equal steps."""
     i = torch.round(t.double() * num_steps).long() * teacher_steps  # (B,) on the teacher's grid
-    weighted_x, weight = torch.zeros_like(z_t), torch.zeros_like(i, dtype=torch.float64)
+    return Route([i - j for j in range(teacher_steps + 1)], num_steps * teacher_steps, t.dtype)
+
+
+def stochastic_route(t: Tensor, num_steps: int, teacher_steps: int, continuous: bool) -> Route:
+    """From t = i/N to max(i - 2, 0)/N, a step of a student of N steps for the stochastic sampler (2210.03142).
+
+    A teacher of `continuous` time takes k = `teacher_steps` equal steps. A student of k N steps takes those that it was
+    taught, of 2/(k N), and of 1/(k N) where there is no more to go: k of them, and half as many, rounded up, at i = 1.
+    """
+    i = torch.round(t.double() * num_steps).long()
+    end, stride = (i - 2).clamp(min=0) * teacher_steps, i.clamp(max=2) if continuous else 2
+    steps = teacher_steps if continuous or num_steps > 1 else (teacher_steps + 1) // 2
+    points = [torch.maximum(i * teacher_steps - j * stride, end) for j in range(steps + 1)]
+    return Route(points, num_steps * teacher_steps, t.dtype)
+
+
+def x_along(
+    route: Route,
+    teacher: Any,
+    z_t: Tensor,
+    condition: Condition = None,
+    *,
+    order: int = 1,
+    variance: Variance | None = None,
+) -> Tensor:
+    """The x of the one step from z_t, at the route's start, to its end that lands where the teacher's steps lead.
+
+    `distillation_target` says how. `variance` is for routes on which no example arrives before the last step.
+    """
+    schedule = teacher.schedule
+    weighted_x, weight = torch.zeros_like(z_t), torch.zeros_like(route.points[0], dtype=torch.float64)
     z = z_t
     before: tuple[Tensor, Tensor] | None = None  # prediction and log-SNR of the step before
-    for j in range(teacher_steps):
+    for i, next_i in pairwise(route.points):
         # The coefficients are differences of nearly equal numbers: (B,) of them, in float64.
-        logsnr, next_logsnr = (logsnr_on_grid(schedule, (i - j - k).double(), fine) for k in (0, 1))
-        predicted = x_hat = teacher(z, ((i - j).double() / fine).to(t.dtype), condition)
+        logsnr, next_logsnr = (logsnr_on_grid(schedule, k.double(), route.grid) for k in (i, next_i))
+        predicted = x_hat = teacher(z, (i.clamp(min=1).double() / route.grid).to(route.dtype), condition)
         if order == 2 and before is not None:
             x_hat = extrapolated(predicted, before[0], (before[1], logsnr, next_logsnr))
         if variance is not None:
@@ -57,12 +106,11 @@ def distillation_target(
         before = predicted, logsnr
         alpha, sigma = schedule.alpha_sigma(logsnr)
         next_alpha, next_sigma = schedule.alpha_sigma(next_logsnr)
-        r = next_sigma / sigma
+        r = torch.where(next_i < i, next_sigma / sigma, 1.0)
         c = next_alpha - r * alpha
         weighted_x = broadcast(r, z_t) * weighted_x + broadcast(c, z_t) * x_hat
         weight = r * weight + c
-        if j < teacher_steps - 1:
-            z = ddim_step(z, x_hat, logsnr, next_logsnr, schedule.alpha_sigma)
+        z = broadcast(r, z_t) * z + broadcast(c, z_t) * x_hat  # `ddim_step`
     return weighted_x / broadcast(weight, z_t)
 
 

@@ -21,6 +21,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.interop.diffusers import Pipeline, is_pipeline
 from pdistill.processes import is_main
+from pdistill.sampling import sampler_of
 from pdistill.steps import TEACHERS
 
 Model = Denoiser | Pipeline
@@ -74,7 +75,8 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
         path = path / "teacher" / "denoiser"  # of a run that has no students, or not yet
     if students:
         default = [int(student.parent.name.removeprefix("steps-")) for student in students]
-        found = [Contender("distilled", str(p), "ddim", n) for p, n in zip(students, default, strict=True)]
+        own = [sampler_of(load(str(p))) for p in students]
+        found = [Contender("distilled", str(p), s, n) for p, s, n in zip(students, own, default, strict=True)]
         teacher = path / "teacher" / "denoiser"
     else:
         default = getattr(load(str(path)), "step_counts", [])
@@ -90,13 +92,15 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
             pipeline.check_steps(n)
         found += [Contender(f"{path.name}, own scheduler", str(path), "own", n) for n in steps]
     elif not students:
-        own = "teacher" if path.parent.name == "teacher" else "denoiser"
-        found += [Contender(f"{own}, {name}", str(path), name, n) for name in settings.sampler_names for n in steps]
+        label = "teacher" if path.parent.name == "teacher" else "denoiser"
+        names = _fitting(load(str(path)), settings, "samplers") or [sampler_of(load(str(path)))]
+        found += [Contender(f"{label}, {name}", str(path), name, n) for name in names for n in steps]
     if settings.baseline_names and not teacher.exists():
         raise UserError(f"baselines={settings.baselines} are samplers of the teacher, and there is none at {teacher}")
-    baselines = [
-        Contender(f"teacher, {name}", str(teacher), name, n) for name in settings.baseline_names for n in steps
-    ]
+    baselines = []
+    if settings.baseline_names:
+        names = _fitting(load(str(teacher)), settings, "baselines")
+        baselines = [Contender(f"teacher, {name}", str(teacher), name, n) for name in names for n in steps]
     values = settings.guidance_values
     taught: float = getattr(load(found[0].path), "default_guidance", 1.0)
     of_baselines = [taught] if values == [None] and taught != 1 else values
@@ -104,6 +108,18 @@ def contenders(settings: Evaluate, load: Callable[[str], Model]) -> list[Contend
     for contender in found:
         _check_guidance(load(contender.path), contender)
     return list(dict.fromkeys(found))
+
+
+def _fitting(model: Model, settings: Evaluate, key: str) -> list[str]:
+    """The samplers that a key lists; of all, those that the model takes. Raises UserError for one that it does not."""
+    names, found = settings.sampler_names if key == "samplers" else settings.baseline_names, []
+    for name in names:
+        try:
+            found.append(sampler_of(model, name))
+        except ValueError as error:
+            if getattr(settings, key) != "all":
+                raise UserError(f"{key}={getattr(settings, key)}: {error}") from error
+    return found
 
 
 def _guided(contender: Contender, guidance: float | None) -> Contender:

@@ -58,6 +58,7 @@ def _export(settings: Namespace, directory: Path) -> None:
     from pdistill.commands.denoisers import check_guidance
     from pdistill.denoiser import Denoiser
     from pdistill.interop import export
+    from pdistill.sampling import DDIM
 
     if settings.format == "pt2":
         export.check_pt2()
@@ -68,6 +69,11 @@ def _export(settings: Namespace, directory: Path) -> None:
         raise UserError(
             f"{directory} is conditioned on text, which no exported graph takes: open it by diffusers, "
             f"StableDiffusionPipeline.from_pretrained"
+        )
+    if denoiser.sampler != DDIM:
+        raise UserError(
+            f"{directory} was distilled for the sampler {denoiser.sampler}, and export writes {DDIM} alone: give a "
+            f"student of method.stochastic=false"
         )
     num_steps = settings.steps or denoiser.num_steps
     if num_steps is None:

@@ -170,8 +170,9 @@ class Sample:
     guidance: float | None = None
     """Of a denoiser trained with label_dropout, or taught guidance: 0 ignores the label, 1 is plain and the default, 2
     and more emphasise it."""
-    sampler: str = "ddim"
-    """Or ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one."""
+    sampler: str | None = None
+    """ddim, ancestral, stochastic, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, or a registered one; by default
+    stochastic for students that were distilled for it, and ddim for all others."""
     variance: Any = "large"
     """Of the ancestral sampler: large, small, or a fraction between."""
     clip: bool = True
@@ -212,8 +213,9 @@ class Evaluate:
     """4, or [1,2,4,8]: network evaluations of an image; by default what the denoisers were distilled for."""
     steps: Any = None
     """The same by its former name."""
-    samplers: Any = field(default_factory=lambda: ["ddim"])
-    """One or a list of ddim, ancestral, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones; or all."""
+    samplers: Any = None
+    """One or a list of ddim, ancestral, stochastic, dpmsolver++2m, dpmsolver++3m, unipc, deis, heun, registered ones;
+    all: those that the denoiser takes; by default its own."""
     baselines: Any = None
     """Samplers of the run's teacher to measure too, in as many steps and at the same guidance; or all."""
     guidance: Any = None
@@ -283,7 +285,7 @@ class Evaluate:
 
     @property
     def sampler_names(self) -> list[str]:
-        """What `samplers` lists. Raises UserError for names that are not known."""
+        """What `samplers` lists; nothing by default. Raises UserError for names that are not known."""
         return self._names("samplers")
 
     @property
@@ -294,7 +296,7 @@ class Evaluate:
     def _names(self, key: str) -> list[str]:
         value, known = getattr(self, key), registry.names("sampler")
         names = known if value == "all" else [] if value is None else value if isinstance(value, list) else [value]
-        if not all(name in known for name in names) or (key == "samplers" and not names):
+        if not all(name in known for name in names) or (key == "samplers" and value == []):
             raise UserError(f"{key}={value} must be among {', '.join(known)}, or all")
         return names
 

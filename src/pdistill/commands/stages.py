@@ -29,6 +29,7 @@ from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
+from pdistill.method import check_sampler, sampler_taught
 from pdistill.method.conversion import Conversion
 from pdistill.method.guidance import Guidance
 from pdistill.metrics.curve import measure_teacher
@@ -38,7 +39,7 @@ from pdistill.parameterization import Parameterization
 from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
-from pdistill.sampling import Draw, generate
+from pdistill.sampling import DDIM, Draw, generate, sampler_of
 from pdistill.schedule import DiscreteBetaSchedule
 from pdistill.steps import CONVERTED, GUIDED, Stage
 from pdistill.training.data import ImageDataModule
@@ -101,6 +102,8 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     check = getattr(method, "check", lambda teacher: None)
     if given is not None:
         check(given)
+        check_sampler(method, given)
+        settings.metrics.check_samplers(partial(sampler_of, given))
     _check(settings, [settings.conversion if given else settings.training, settings.guiding, settings.distillation])
     device = _trainer(settings).strategy.root_device
     data = images_of(settings, given, device)
@@ -108,9 +111,9 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
     if given is None:
         check(template)
-    converts = given is not None and given.architecture != template.architecture
+    converts = given is not None and given.architecture["parameterization"] != template.architecture["parameterization"]
     guides = _guides(settings, given or template)
-    _check_times(template, [*settings.steps.plan, *getattr(method, "range", ())])
+    _check_text_to_image(settings, method, template)
     if settings.lora.rank is not None:
         lora.check(settings.lora.rank, template.network)
         if any(stage.counts for stage in plan):
@@ -151,13 +154,20 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             write_json(directory / "summary.json", rows)
 
 
-def _check_times(denoiser: Denoiser, grids: list[int]) -> None:
-    """Refuses steps between times that are one and the same to the network."""
-    known = len(denoiser.schedule.alphas_cumprod) if isinstance(denoiser.schedule, DiscreteBetaSchedule) else None
-    if known is not None and max(grids) > known:
+def _check_text_to_image(settings: Distill, method: Any, teacher: Denoiser) -> None:
+    """Refuses students that no StableDiffusionPipeline draws with, and steps between times that are one and the same."""
+    if teacher.codec is None or not isinstance(teacher.schedule, DiscreteBetaSchedule):
+        return
+    if sampler_taught(method) != DDIM:
         raise UserError(
-            f"steps.plan or the method asks for {max(grids)} steps, and the teacher knows {known} times: use no more, "
-            f"with method=multistep_consistency method.teacher_steps_to={known}"
+            f"teacher={settings.teacher} makes images from text, and its students are drawn by diffusers' pipeline, which "
+            f"has no sampler {sampler_taught(method)}: use method.stochastic=false"
+        )
+    steps, known = max(*settings.steps.plan, *getattr(method, "range", ())), len(teacher.schedule.alphas_cumprod)
+    if steps > known:
+        raise UserError(
+            f"steps.plan or the method asks for {steps} steps, and the teacher knows {known} times: use no more, with "
+            f"method=multistep_consistency method.teacher_steps_to={known}"
         )
 
 

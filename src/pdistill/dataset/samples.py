@@ -24,7 +24,7 @@ def teacher_samples(
     seed: int = 0,
     cache: str | None = None,
 ) -> ImageSet:
-    """`num_images` samples of the teacher by its DDIM of `num_steps`, clipped; with its classes in turn as labels.
+    """`num_images` samples of the teacher by its sampler, in `num_steps`, clipped; with its classes in turn as labels.
 
     Sample i depends on (weights, num_steps, seed, i) alone. They are made once and kept in the cache directory in files
     of 250: what a stopped run has made is not made again, and more images only add to them. Raises UserError for

@@ -24,7 +24,11 @@ TO_X: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {  # of (out
 
 
 class StudentPipeline(DiffusionPipeline):
-    """The deterministic sampler z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat) on a given grid."""
+    """On a grid the sampler ddim, z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat), or stochastic.
+
+    The latter (Meng et al., 2022, 2210.03142) takes such steps of double length, and after each goes half of it back by
+    adding noise, z_m = (alpha_m / alpha_s) z_s + sqrt(sigma_m^2 - (alpha_m sigma_s / alpha_s)^2) eps.
+    """
 
     model_cpu_offload_seq = "unet"
     _optional_components = ["scheduler"]
@@ -43,6 +47,7 @@ class StudentPipeline(DiffusionPipeline):
         null_label: int | None = None,
         taught_guidance: tuple[float, float] | None = None,
         heads: dict[str, list[list[float]]] | None = None,
+        sampler: str = "ddim",
     ) -> None:
         """`prediction` is x, eps, v, x_eps, flow or edm (with its `sigma_data`): what the network's output means.
 
@@ -51,7 +56,7 @@ class StudentPipeline(DiffusionPipeline):
         count by default, G if it is None; z_1 is `noise_scale` x unit noise. `null_label` stands for no class.
         `taught_guidance` is the range that the network was taught, at one evaluation a step.
         `heads` are the step counts of a network that gives several images at once, each with the weights of those
-        images in the prediction of each of its steps.
+        images in the prediction of each of its steps. `sampler` is ddim or stochastic.
         """
         super().__init__()
         if grid is None:
@@ -75,6 +80,7 @@ class StudentPipeline(DiffusionPipeline):
             null_label=null_label,
             taught_guidance=taught_guidance,
             heads=heads,
+            sampler=sampler,
         )
 
     @torch.no_grad()
@@ -94,9 +100,9 @@ class StudentPipeline(DiffusionPipeline):
 
         `num_inference_steps` is by default the student's own, and must divide the grid. `class_labels` are by default
         all classes in turn. `guidance` other than 1, the default, is x_none + guidance (x_class - x_none): two
-        evaluations a step, or one of a network that was taught it. `clip` clamps every prediction to [-1, 1].
-        `output_type` is "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
-        Raises ValueError for a step count or labels that it cannot take.
+        evaluations a step, or one of a network that was taught it. `clip` clamps every prediction to [-1, 1]. All noise
+        is drawn from `generator`. `output_type` is "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in
+        [0, 1]. Raises ValueError for a step count or labels that it cannot take.
         """
         steps = self._steps(num_inference_steps)
         labels = self._labels(class_labels, batch_size)
@@ -108,16 +114,14 @@ class StudentPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         z = x_hat = noise.float() * self.config["noise_scale"]
         steps_shown: Any = self.progress_bar(steps)  # type: ignore[operator,arg-type]
-        for i, (step, following) in enumerate(zip(steps_shown, [*steps[1:], None], strict=True)):
+        for i, step in enumerate(steps_shown):
             weights = self.config["heads"] and self.config["heads"][str(len(steps))][i]
             x_hat = self._predict(z, step, told, weights)
             if null is not None:
                 x_hat = torch.lerp(self._predict(z, step, null, weights), x_hat, guidance)  # type: ignore[arg-type]
             x_hat = x_hat.clamp(-1, 1) if clip else x_hat
-            if following is not None:
-                (_, alpha, sigma), (_, next_alpha, next_sigma) = step, following
-                ratio = next_sigma / sigma
-                z = ratio * z + (next_alpha - ratio * alpha) * x_hat
+            if i + 1 < len(steps):
+                z = self._next(z, x_hat, [*steps, (0.0, 1.0, 0.0)][i : i + 3], generator)
         images: Any = (x_hat / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -175,6 +179,19 @@ class StudentPipeline(DiffusionPipeline):
         if labels is None or self.config["null_label"] is None:
             raise ValueError(f"guidance={guidance} needs a class-conditional model trained with label dropout")
         return given, {"class_labels": torch.full_like(labels, self.config["null_label"])}
+
+    def _next(self, z: Tensor, x_hat: Tensor, steps: list[tuple[float, float, float]], generator: Any) -> Tensor:
+        """z at the second of `steps`: the one at z, the next and the one after that, or clean data."""
+        stochastic = self.config["sampler"] == "stochastic"
+        (_, alpha, sigma), (_, alpha_s, sigma_s) = steps[0], steps[2 if stochastic else 1]
+        ratio = sigma_s / sigma
+        z = ratio * z + (alpha_s - ratio * alpha) * x_hat
+        if not stochastic:
+            return z
+        _, alpha_m, sigma_m = steps[1]
+        kept = alpha_m / alpha_s
+        std = (max(0.0, sigma_m - kept * sigma_s) * (sigma_m + kept * sigma_s)) ** 0.5
+        return kept * z + std * randn_tensor(z.shape, generator=generator, device=z.device, dtype=z.dtype)
 
     def _predict(
         self,

@@ -2,7 +2,8 @@
 
     v, x, eps, variance preserving   DDPMPipeline with first-order DPM-Solver++, which is clipped DDIM
     flow, straight paths, students   DDPMPipeline with FlowMatchEuler, which does not clip; `pipeline.py` beside it does
-    every other kind, classes        the pipeline of `pipeline.py`, copied into the folder, by trust_remote_code=True
+    every other kind, classes, the   the pipeline of `pipeline.py`, copied into the folder, by trust_remote_code=True
+    stochastic sampler
 
 The continuous-time network is got back bit for bit: `unet/config.json` keeps what was changed, under a private key that
 diffusers passes over, and `time_embedding.safetensors` the weight that was.
@@ -27,6 +28,7 @@ from pdistill.files import write_json
 from pdistill.guided import GuidedUNet2DModel
 from pdistill.heads import Heads, blocks
 from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
+from pdistill.sampling import DDIM, STOCHASTIC
 from pdistill.schedule import variance_preserving
 
 if TYPE_CHECKING:
@@ -50,12 +52,12 @@ def write_unet(
 ) -> None:
     """`unet/` and what diffusers opens it by, for `grid` steps; `metadata` goes into the weights' file.
 
-    No `model_index.json` is written where the parameterization is not one of ours.
+    No `model_index.json` is written where the parameterization, or the sampler, is not one of ours.
     """
     network: Any = denoiser.network
     config = {k: v for k, v in network.config.items() if not k.startswith("_")}
     kind = type(denoiser.parameterization)
-    alone = denoiser.num_classes is None and config["time_embedding_type"] == "positional"
+    alone = denoiser.num_classes is None and config["time_embedding_type"] == "positional" and denoiser.sampler == DDIM
     refit = None
     if kind is Flow and alone and denoiser.num_steps is not None and _is_straight(denoiser):
         refit = _refit(denoiser, grid)
@@ -72,7 +74,8 @@ def write_unet(
         _write_index(directory, FlowMatchEulerDiscreteScheduler(num_train_timesteps=grid))
     else:
         changes = {}
-        if type(getattr(denoiser.parameterization, "inner", denoiser.parameterization)) in BY_OUR_PIPELINE:
+        inner = type(getattr(denoiser.parameterization, "inner", denoiser.parameterization))
+        if inner in BY_OUR_PIPELINE and denoiser.sampler in (DDIM, STOCHASTIC):
             shutil.copyfile(PIPELINE, directory / PIPELINE.name)
             if isinstance(network, GuidedUNet2DModel):
                 shutil.copyfile(GUIDED, directory / "unet" / GUIDED.name)
@@ -230,4 +233,5 @@ def _index_of_ours(denoiser: "Denoiser", grid: int) -> dict[str, Any]:
         "null_label": denoiser.null_label,
         "taught_guidance": denoiser.guidance,
         "heads": heads,
+        "sampler": denoiser.sampler,
     } | ({"sigma_data": parameterization.sigma_data} if isinstance(parameterization, Edm) else {})

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pdistill.errors import UserError
+from pdistill.sampling import DDIM, STOCHASTIC
 from pdistill.training.settings import Distillation
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Method(Protocol):
     otherwise is lost when a run is resumed. It may also have the hooks `Begins` and `BeforeUpdate`.
 
     It may also have `check(teacher: Denoiser)`, which raises UserError for a teacher that it cannot learn from; the
-    commands call it with the first teacher, trained or not, before any work starts.
+    commands call it with the first teacher, trained or not, before any work starts. Its students are sampled by the
+    sampler that its attribute `sampler` names, ddim if it has none.
     """
 
     def stages(self, steps: "Steps", max_teacher_steps: int) -> "list[Stage]":
@@ -75,6 +77,22 @@ class BeforeUpdate(Protocol):
         read, and calling it twice must do no harm.
         """
         ...
+
+
+def sampler_taught(method: object) -> str:
+    """The name of the sampler that a method's students are for."""
+    return getattr(method, "sampler", DDIM)
+
+
+def check_sampler(method: object, teacher: "Denoiser") -> None:
+    """Raises UserError for a teacher that is a student of another sampler than the method teaches."""
+    taught = sampler_taught(method)
+    if teacher.num_steps is not None and teacher.sampler != taught:
+        raise UserError(
+            f"the teacher was distilled for {teacher.num_steps} steps of the sampler {teacher.sampler}, and these "
+            f"students are for {taught}, whose steps have another length: give method=halving "
+            f"method.stochastic={str(teacher.sampler == STOCHASTIC).lower()}, or the teacher it was distilled from"
+        )
 
 
 def refuse_max_teacher_steps(method: str, given: int) -> None:

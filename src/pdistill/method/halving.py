@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pdistill.checks import flag
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.heads import first_heads
-from pdistill.sampling import Condition, noised
+from pdistill.sampling import DDIM, STOCHASTIC, Condition, noised
 from pdistill.steps import Stage, stages
-from pdistill.target import check_teacher_steps, distillation_target, variance_of
+from pdistill.target import check_teacher_steps, ddim_route, stochastic_route, variance_of, x_along
 from pdistill.weighting import weighted_loss
 
 if TYPE_CHECKING:
@@ -26,13 +27,22 @@ class Halving:
     A teacher that was trained in continuous time may take better steps: of second order, `teacher_order=2`, or aDDIM's,
     with `addim`, whose variance is a formula's (true) or measured on the images ("measured"): see `pdistill.target`.
     Stages that a student teaches keep to DDIM, which is what it was taught. Raises UserError for both at once.
+
+    With `stochastic`, the students are for that sampler: a step goes from i/N to (i - 2)/N, as far as there is time.
     """
 
     teacher_order: int = 1
     addim: bool | str = False
+    stochastic: bool = False
 
     def __post_init__(self) -> None:
         check_teacher_steps(self.teacher_order, self.addim)
+        flag("method.stochastic", self.stochastic)
+
+    @property
+    def sampler(self) -> str:
+        """Of its students."""
+        return STOCHASTIC if self.stochastic else DDIM
 
     def check(self, teacher: Denoiser) -> None:
         """Raises UserError for better steps of a first teacher that was taught DDIM's: no stage would take them."""
@@ -59,16 +69,14 @@ class Halving:
         x: Tensor,
         condition: Condition,
     ) -> tuple[Tensor, Tensor]:
-        """At t = i/N, i ~ U{1, ..., N}: the weighted squared error to `distillation_target` (B,), and logsnr (B,)."""
+        """At t = i/N, i ~ U{1, ..., N}: the weighted squared error to the target (B,), and logsnr (B,)."""
         i = torch.randint(1, stage.num_steps + 1, (len(x),), device=x.device)
         t = i / stage.num_steps
-        logsnr = student.schedule(t)
+        logsnr, continuous = student.schedule(t), teacher.num_steps is None
         z_t = noised(x, logsnr, student.schedule.alpha_sigma)
+        counts = stage.num_steps, stage.teacher_steps
+        route = stochastic_route(t, *counts, continuous) if self.stochastic else ddim_route(t, *counts)
         with torch.inference_mode():
-            arguments = (teacher, z_t, t, stage.num_steps, condition, stage.teacher_steps)
-            if teacher.num_steps is None:
-                variance = variance_of(self.addim, x)
-                x_target = distillation_target(*arguments, order=self.teacher_order, variance=variance)
-            else:
-                x_target = distillation_target(*arguments)
+            order, variance = (self.teacher_order, variance_of(self.addim, x)) if continuous else (1, None)
+            x_target = x_along(route, teacher, z_t, condition, order=order, variance=variance)
         return weighted_loss(weighting, student(z_t, t, condition), x_target, logsnr), logsnr

@@ -11,7 +11,7 @@ from pdistill.metrics.extractors import metric_name
 from pdistill.metrics.provenance import Provenance, drawn_by, guided_by, measured_with
 from pdistill.metrics.reference import reference
 from pdistill.metrics.shares import my_batches, together
-from pdistill.sampling import Draw, generate
+from pdistill.sampling import Draw, generate, sampler_of
 
 
 class FID:
@@ -30,12 +30,12 @@ class FID:
         self._distance: FrechetDistance | None = None
 
     def measure(
-        self, denoiser: Denoiser, num_steps: int, device: torch.device | str = "cpu", sampler: str = "ddim"
+        self, denoiser: Denoiser, num_steps: int, device: torch.device | str = "cpu", sampler: str | None = None
     ) -> float:
         """The metric over all processes, each of which must call it: the same for any number of them.
 
-        Sample i is made from (seed, i), in the same batch. The denoiser must be on `device`. Raises UserError, on all,
-        for samples that are not finite.
+        Sample i is made from (seed, i), in the same batch, by default by the denoiser's own sampler. The denoiser must
+        be on `device`. Raises UserError, on all, for samples that are not finite.
         """
         self.device = device
         self.extractor.to(device)
@@ -60,13 +60,13 @@ class FID:
                 check_finite(features)
                 metric.update(features)
 
-    def provenance(self, denoiser: Denoiser, num_steps: int, sampler: str = "ddim") -> Provenance:
+    def provenance(self, denoiser: Denoiser, num_steps: int, sampler: str | None = None) -> Provenance:
         """What the metric is measured with."""
         shared = measured_with(self.extractor, self.data, self.num_samples, self.seed, self.device)
-        clip = self._draw(num_steps, sampler).clip and denoiser.clips
-        return shared | drawn_by(denoiser.fingerprint, sampler, num_steps, clip) | guided_by(denoiser, num_steps)
+        used, clip = sampler_of(denoiser, sampler), self._draw(num_steps, sampler).clip and denoiser.clips
+        return shared | drawn_by(denoiser.fingerprint, used, num_steps, clip) | guided_by(denoiser, num_steps)
 
-    def _draw(self, num_steps: int, sampler: str) -> Draw:
+    def _draw(self, num_steps: int, sampler: str | None) -> Draw:
         return Draw(num_steps, self.seed, self.batch_size, sampler)
 
     def _metric(self, device: torch.device | str) -> FrechetDistance:

@@ -1,5 +1,6 @@
 """Settings of the metrics group, checked when they are made; no torch, so that composing stays quick."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,11 @@ class Metrics:
                 )
         self.check_samplers()
 
-    def check_samplers(self) -> None:
-        """Raises UserError unless `teacher_curve` lists step counts, and samplers that are built in or registered."""
+    def check_samplers(self, of_teacher: Callable[[str], object] = lambda name: None) -> None:
+        """Raises UserError unless `teacher_curve` lists step counts, and samplers that are built in or registered.
+
+        And where `of_teacher`, called with each of these, raises ValueError.
+        """
         if self.teacher_curve is None:
             return
         curve, known = self.teacher_curve, registry.names("sampler")
@@ -49,6 +53,11 @@ class Metrics:
                 f"metrics.teacher_curve={curve} must be null or list step counts and samplers, e.g. "
                 f"metrics.teacher_curve={{steps:[1,2,4],samplers:[ddim,ancestral]}} (samplers: {', '.join(known)})"
             )
+        try:
+            for name in curve["samplers"]:
+                of_teacher(name)
+        except ValueError as error:
+            raise UserError(f"metrics.teacher_curve={curve}: {error}") from error
 
 
 def are_step_counts(values: object) -> bool:

@@ -23,6 +23,7 @@ from pdistill.metrics.provenance import evaluations
 from pdistill.report import tables
 from pdistill.report.choices import Config
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, run_json
+from pdistill.sampling import DDIM
 from pdistill.storage import DEFAULT_GRID
 
 MARK = "<!-- written by pdistill push -->"  # by which a folder is known as one that push may replace
@@ -248,6 +249,8 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("noise schedule", _in_words("schedule", denoiser.schedule)),
         ("lineage", " -> ".join(lineage)),
     ]
+    if denoiser.sampler != DDIM:
+        facts.append(("sampler", denoiser.sampler))
     if denoiser.num_classes is not None:
         facts.append(("classes", str(denoiser.num_classes)))
     if denoiser.guidance is not None:

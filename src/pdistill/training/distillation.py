@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pdistill import lora
 from pdistill.denoiser import Denoiser
-from pdistill.method import BeforeUpdate, Begins, Method
+from pdistill.method import BeforeUpdate, Begins, Method, check_sampler, sampler_taught
 from pdistill.method.halving import Halving
 from pdistill.optimizer import annealing
 from pdistill.steps import Stage
@@ -20,7 +20,8 @@ class DistillationModule(DenoisingModule):
 
     The student starts as a copy of `start`, by default of the teacher, with the recipe's dropout; how the learning rate
     falls over `stage.updates`, and the distance in the loss, are as the recipe's settings say. The teacher is in eval
-    mode, gets no gradients and is not in the checkpoint. The stage has its own copy of the method.
+    mode, gets no gradients and is not in the checkpoint. The stage has its own copy of the method. Raises UserError for
+    a teacher that is a student of another sampler than the method's.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class DistillationModule(DenoisingModule):
         start: Denoiser | None = None,
     ) -> None:
         method = method or Halving()
+        check_sampler(method, teacher)
         student = copy.deepcopy(start or teacher)
         if isinstance(method, Begins):
             student = method.begin(student, stage)
         student.num_steps = None if stage.called else stage.num_steps
+        student.sampler = sampler_taught(method)
         student.lineage = [*student.lineage, stage.name if stage.called or stage.counts else stage.num_steps]
         if recipe.lora_rank is None:
             student.adapters = None  # which say what was added to weights that now change
