@@ -155,12 +155,12 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
 
 
 def _check_text_to_image(settings: Distill, method: Any, teacher: Denoiser) -> None:
-    """Refuses students that no StableDiffusionPipeline draws with, and steps between times that are one and the same."""
+    """Refuses students that diffusers' pipeline does not draw with, and steps between times that are the same."""
     if teacher.codec is None or not isinstance(teacher.schedule, DiscreteBetaSchedule):
         return
     if sampler_taught(method) != DDIM:
         raise UserError(
-            f"teacher={settings.teacher} makes images from text, and its students are drawn by diffusers' pipeline, which "
+            f"teacher={settings.teacher} makes images from text, and its students are drawn by a pipeline which "
             f"has no sampler {sampler_taught(method)}: use method.stochastic=false"
         )
     steps, known = max(*settings.steps.plan, *getattr(method, "range", ())), len(teacher.schedule.alphas_cumprod)
