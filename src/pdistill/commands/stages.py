@@ -4,50 +4,38 @@
 order; while a stage trains, `last.ckpt` is what it resumes from.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import Trainer
-from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pdistill import lora
-from pdistill.commands import run_directory
-from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_denoiser, new_student
-from pdistill.commands.identity import is_imported
+from pdistill.commands.denoisers import check_stable, new_denoiser
+from pdistill.commands.job import Job, opened
+from pdistill.commands.preflight import check_batches, planned
 from pdistill.commands.settings import Distill, Train
-from pdistill.commands.teachers import encoded_for, given_teacher, images_of, predicting
+from pdistill.commands.teachers import images_of, predicting
 from pdistill.commands.timing import time_stages
-from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
-from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
-from pdistill.method import check_sampler, sampler_taught
 from pdistill.method.conversion import Conversion
 from pdistill.method.guidance import Guidance
 from pdistill.metrics.curve import measure_teacher
-from pdistill.metrics.extractors import build
-from pdistill.metrics.fid import FID
 from pdistill.parameterization import Parameterization
 from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
-from pdistill.sampling import DDIM, Draw, generate, sampler_of
-from pdistill.schedule import DiscreteBetaSchedule
+from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, GUIDED, Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.film import film_of
-from pdistill.training.fit import FitSettings, accumulated_batches, fit, quietly, start_processes
-from pdistill.training.logger import closing, log_stage, log_summary, metric_prefix
-from pdistill.training.module import DenoisingModule, Recipe
+from pdistill.training.fit import FitSettings, fit
+from pdistill.training.logger import log_stage, log_summary, metric_prefix
+from pdistill.training.module import DenoisingModule
 from pdistill.training.settings import Conversion as Converting
 from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
@@ -57,37 +45,14 @@ FRAME_IMAGES = 4  # the first of the grid
 NEIGHBOURS_OF = 12  # samples
 
 
-@dataclass
-class Job:
-    """What every stage of a run shares."""
-
-    settings: Train
-    directory: Path
-    data: ImageSet
-    fid: FID | None
-    loggers: list[Logger]
-    device: torch.device
-
-    def recipe(self, section: Optimization) -> Recipe:
-        """How a stage trains."""
-        return Recipe(
-            section,
-            instantiate(self.settings.weighting),
-            optimizer=instantiate(self.settings.optimizer),
-            seed=self.settings.seed,
-            label_dropout=self.settings.label_dropout,
-            lora_rank=self.settings.lora.rank if isinstance(self.settings, Distill) else None,
-        )
-
-
 def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
     """A teacher, in `directory`/teacher. Raises UserError before any work starts where the input is bad."""
     data = images_of(settings)
     teacher = new_denoiser(settings, data)
     check_stable(settings, teacher, floor=-torch.inf)
-    _check(settings, [settings.training])
+    check_batches(settings, [settings.training])
     num_steps = settings.steps.plan[0]
-    with _open(settings, cfg, directory, data) as job:
+    with opened(settings, cfg, directory, data) as job:
         _train_teacher(job, teacher)
         _measure_teacher(job)
         row = _finish_stage(job, "teacher", num_steps, _facts(settings.training.updates, settings.training, None))
@@ -96,50 +61,26 @@ def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
 
 def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
-    method = instantiate(settings.method)
-    plan = method.stages(settings.steps, settings.distillation.max_teacher_steps)
-    given = given_teacher(settings)
-    check = getattr(method, "check", lambda teacher: None)
-    if given is not None:
-        check(given)
-        check_sampler(method, given)
-        settings.metrics.check_samplers(partial(sampler_of, given))
-    _check(settings, [settings.conversion if given else settings.training, settings.guiding, settings.distillation])
-    device = _trainer(settings).strategy.root_device
-    data = images_of(settings, given, device)
-    template = new_student(settings, data, given)
-    check_stable(settings, template, floor=torch.inf if is_imported(settings.teacher) else NEARLY_ZERO_SNR)
-    if given is None:
-        check(template)
-    converts = given is not None and given.architecture["parameterization"] != template.architecture["parameterization"]
-    guides = _guides(settings, given or template)
-    _check_text_to_image(settings, method, template)
-    if settings.lora.rank is not None:
-        lora.check(settings.lora.rank, template.network)
-        if any(stage.counts for stage in plan):
-            raise UserError(
-                f"lora.rank={settings.lora.rank} keeps the last layer, which this method trains: leave it out"
-            )
-    data = encoded_for(given, data, device)
-    num_steps = settings.steps.plan[0]
-    with _open(settings, cfg, directory, data) as job:
+    plan = planned(settings)
+    given, num_steps = plan.given, settings.steps.plan[0]
+    with opened(settings, cfg, directory, plan.data) as job:
         teacher = directory / "teacher"
         if given is None:
-            _train_teacher(job, template)
+            _train_teacher(job, plan.template)
         elif is_main() and not (teacher / "denoiser").exists():
             given.save(teacher / "denoiser", grid=num_steps)
         barrier()
         facts = _facts(0, None, None) if given else _facts(settings.training.updates, settings.training, None)
         rows = [_finish_stage(job, "teacher", num_steps, facts)]
         results = [teacher]
-        if converts:
+        if plan.converts:
             rows.append(_convert(job, teacher))
             results = [directory / CONVERTED]
-        if guides:
+        if plan.guides:
             rows.append(_guide(job, results[-1]))
             results = [directory / GUIDED]
-        for stage in plan:
-            _distill_stage(job, method, stage, results)
+        for stage in plan.stages:
+            _distill_stage(job, plan.method, stage, results)
             facts = _facts(stage.updates, settings.distillation, results[-1].name)
             rows.append(_finish_stage(job, stage.name, stage.num_steps, facts))
             results.append(directory / stage.name)
@@ -152,64 +93,6 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             log_summary(job.loggers, rows, directory / "comparison.png")
             page.write([directory], directory / "report.html")
             write_json(directory / "summary.json", rows)
-
-
-def _check_text_to_image(settings: Distill, method: Any, teacher: Denoiser) -> None:
-    """Refuses students that diffusers' pipeline does not draw with, and steps between times that are the same."""
-    if teacher.codec is None or not isinstance(teacher.schedule, DiscreteBetaSchedule):
-        return
-    if sampler_taught(method) != DDIM:
-        raise UserError(
-            f"teacher={settings.teacher} makes images from text, and its students are drawn by a pipeline which "
-            f"has no sampler {sampler_taught(method)}: use method.stochastic=false"
-        )
-    steps, known = max(*settings.steps.plan, *getattr(method, "range", ())), len(teacher.schedule.alphas_cumprod)
-    if steps > known:
-        raise UserError(
-            f"steps.plan or the method asks for {steps} steps, and the teacher knows {known} times: use no more, with "
-            f"method=multistep_consistency method.teacher_steps_to={known}"
-        )
-
-
-def _check(settings: Train, sections: list[Optimization]) -> None:
-    """Batches that divide among the devices, metrics that can be measured, and a trainer that this machine can run."""
-    settings.metrics.check_samplers()
-    trainer = _trainer(settings)
-    least, most = trainer.accumulate_grad_batches, settings.max_batch_per_device
-    for section in sections:
-        accumulated_batches(section.batch_size, trainer.world_size, least, most, f"{section.section}.batch_size")
-
-
-def _trainer(settings: Train) -> Trainer:
-    """A Trainer that fits nothing: it tells of the devices. Raises UserError where this machine cannot run it."""
-    try:
-        with quietly():
-            return instantiate(settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
-
-
-@contextmanager
-def _open(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> Iterator[Job]:
-    """Everything that a run holds open, closed again whatever happens; loggers are told how it ended."""
-    fid = None
-    if settings.metrics.extractor is not None:
-        extractor = build(instantiate(settings.metrics.extractor), data)
-        fid = FID(extractor, data, settings.metrics.num_samples, settings.seed)
-    writing = run_directory.Writing(cfg, directory, data.fingerprint)
-    trainer = _trainer(settings)
-    start_processes(trainer)
-    device = trainer.strategy.root_device
-    loggers: list[Logger] = []
-    try:
-        loggers += [instantiate(settings.logger)] if settings.logger else []
-        with closing(loggers):
-            for logger in loggers:
-                logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-            yield Job(settings, directory, data, fid, loggers, device)
-    finally:
-        writing.close()
 
 
 def _is_trained(stage: Path) -> bool:
@@ -243,37 +126,6 @@ def _finish_fused(job: Job, parallel: Path, num_steps: int) -> dict[str, Any]:
         Denoiser.load(parallel / "denoiser").for_steps(num_steps).save(job.directory / stage.name / "denoiser")
     barrier()
     return _finish_stage(job, stage.name, num_steps, _facts(0, None, parallel.name))
-
-
-def _guides(settings: Distill, teacher: Denoiser) -> bool:
-    """Whether students are to be taught guidance that the teacher has not been. Raises UserError where it cannot be."""
-    if settings.guidance is None:
-        return False
-    if settings.start is not None and settings.teacher is not None and teacher.guidance is None:
-        raise UserError(
-            f"start={settings.start} is what the first student starts from, and with guidance={settings.guidance} that "
-            f"is the student of the stage before: leave start out"
-        )
-    if teacher.guidance is not None:
-        if teacher.guidance != settings.guidance_range:
-            raise UserError(
-                f"guidance={settings.guidance}, and teacher={settings.teacher} was taught {list(teacher.guidance)}: "
-                f"leave guidance out, or give the teacher that it learned from"
-            )
-        return False
-    if teacher.num_steps is not None:
-        raise UserError(
-            f"guidance={settings.guidance} is learned from a teacher that knows every time, and teacher="
-            f"{settings.teacher} was distilled for {teacher.num_steps} steps: give the teacher that it came from"
-        )
-    if not teacher.has_null_condition:
-        raise UserError(
-            f"guidance={settings.guidance} needs a teacher that knows what no label means, and teacher="
-            f"{settings.teacher} has no null label: give one trained with label_dropout, or, of a diffusers model, "
-            f"teacher_null_label=<its last class>"
-        )
-    Guidance(*settings.guidance_range).begin(copy.deepcopy(teacher), Stage(0, 1, 0, 1, 0))  # a place for it
-    return True
 
 
 def _guide(job: Job, teacher: Path) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""What every stage of a run shares, held open while it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from pdistill.commands import run_directory
+from pdistill.commands.settings import Distill, Train
+from pdistill.dataset import ImageSet
+from pdistill.errors import UserError
+from pdistill.metrics.extractors import build
+from pdistill.metrics.fid import FID
+from pdistill.training.fit import quietly, start_processes
+from pdistill.training.logger import closing
+from pdistill.training.module import Recipe
+from pdistill.training.settings import Optimization
+
+
+@dataclass
+class Job:
+    """What every stage of a run shares."""
+
+    settings: Train
+    directory: Path
+    data: ImageSet
+    fid: FID | None
+    loggers: list[Logger]
+    device: torch.device
+
+    def recipe(self, section: Optimization) -> Recipe:
+        """How a stage trains."""
+        return Recipe(
+            section,
+            instantiate(self.settings.weighting),
+            optimizer=instantiate(self.settings.optimizer),
+            seed=self.settings.seed,
+            label_dropout=self.settings.label_dropout,
+            lora_rank=self.settings.lora.rank if isinstance(self.settings, Distill) else None,
+        )
+
+
+def trainer_of(settings: Train) -> Trainer:
+    """A Trainer that fits nothing: it tells of the devices. Raises UserError where this machine cannot run it."""
+    try:
+        with quietly():
+            return instantiate(settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
+
+
+@contextmanager
+def opened(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> Iterator[Job]:
+    """Everything that a run holds open, closed again whatever happens; loggers are told how it ended."""
+    fid = None
+    if settings.metrics.extractor is not None:
+        extractor = build(instantiate(settings.metrics.extractor), data)
+        fid = FID(extractor, data, settings.metrics.num_samples, settings.seed)
+    writing = run_directory.Writing(cfg, directory, data.fingerprint)
+    trainer = trainer_of(settings)
+    start_processes(trainer)
+    device = trainer.strategy.root_device
+    loggers: list[Logger] = []
+    try:
+        loggers += [instantiate(settings.logger)] if settings.logger else []
+        with closing(loggers):
+            for logger in loggers:
+                logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            yield Job(settings, directory, data, fid, loggers, device)
+    finally:
+        writing.close()
