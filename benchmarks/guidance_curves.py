@@ -5,7 +5,7 @@
     python benchmarks/guidance_curves.py outputs/evaluations/guided-seed-*.json --output docs/guidance.png
 
 Reads rows that evaluate.py wrote, of runs that differ in their seeds, and of stages of these by themselves; writes the
-picture, and prints the table: means over the seeds, with their standard deviations.
+picture, and prints the tables: means over the seeds, with their standard deviations.
 """
 
 import argparse
@@ -48,15 +48,18 @@ def curves(files: list[Path]) -> dict[tuple[str, int, int], dict[str, Values]]:
     }
 
 
-def table(found: dict[tuple[str, int, int], dict[str, Values]]) -> list[str]:
-    """Lines of Markdown."""
+def tables(found: dict[tuple[str, int, int], dict[str, Values]]) -> list[str]:
+    """Lines of Markdown, a table for each metric."""
     guidances = sorted({g for metrics in found.values() for values in metrics.values() for g in values})
     lines = []
-    for (whose, steps, evaluations), metrics in found.items():
-        for metric, values in metrics.items():
-            cells = [mean_and_spread(values[g]) if g in values else "" for g in guidances]
-            lines.append([whose, str(steps), str(evaluations), metric, *cells])
-    return markdown(["images of", "steps", "evaluations", "metric", *(f"g = {g:g}" for g in guidances)], lines)
+    for metric in next(iter(found.values())):
+        rows = [
+            [whose, str(steps), str(evaluations), *(mean_and_spread(metrics[metric].get(g, [])) for g in guidances)]
+            for (whose, steps, evaluations), metrics in found.items()
+        ]
+        headings = [f"{metric} of", "steps", "evaluations", *(f"g = {g:g}" for g in guidances)]
+        lines += [*markdown(headings, rows), ""]
+    return lines
 
 
 def draw(found: dict[tuple[str, int, int], dict[str, Values]]) -> Figure:
@@ -98,8 +101,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     found = {key: metrics for key, metrics in found.items() if not options.steps or key[1] in options.steps}
     save(draw(found), options.output)
-    print("\n".join(table(found)))
-    print(f"\nwrote {options.output}")
+    print("\n".join(tables(found)))
+    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -490,6 +490,6 @@ def test_sample_and_evaluate(run, told, place):
     sevens = Image.open(place / "grid.png")
     assert told(*command, "prompt=[a handwritten one,a handwritten two]") == (0, "")
     assert sevens != Image.open(place / "grid.png")
-    measured = ("metrics.num_samples=20", "bootstrap=0", "metrics.extractor.max_updates=1")
+    measured = ("guidance=2", "metrics.num_samples=20", "bootstrap=0", "metrics.extractor.max_updates=1")
     status, error = told("evaluate.py", f"denoiser={run}", *measured)
     assert status == 0, error

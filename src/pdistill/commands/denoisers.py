@@ -115,9 +115,9 @@ def check_guidance(denoiser: Denoiser, guidance: float, given: str, place: str) 
         if not low <= guidance <= high:
             cure = f"guidance {low:g} alone" if low == high else f"guidance from {low:g} to {high:g}"
             raise UserError(f"{given}: {place} was taught {cure}: give that, or leave it out")
-    elif denoiser.num_classes is None:
+    elif denoiser.num_classes is None and denoiser.codec is None:
         raise UserError(f"{given}: {place} is not class-conditional: leave it out")
-    elif guidance != 1 and denoiser.null_label is None:
+    elif guidance != 1 and not denoiser.has_null_condition:
         raise UserError(f"{given}: {place} does not know what no label means: it must be trained with label_dropout")
 
 
