@@ -16,6 +16,7 @@ from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import snr_plus_one
 
 
+@pytest.mark.slow  # test_guidance has a run of classes, too
 def test_classes_from_training_to_pictures(run, workplace):
     command = ("distill.py", "experiment=smoke", "conditional=true", "steps.plan=[4,2]", "metrics=none", "name=classes")
     status, _, err = run(*command)
