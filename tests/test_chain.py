@@ -131,7 +131,9 @@ def test_sweep_survives_a_failing_job_and_writes_its_table(run, workplace):
     assert sum("| v |" in line for line in table) == 2 and sum("cannot be distilled" in line for line in table) == 2
 
 
-@pytest.mark.parametrize("parameterization", ["eps", "x", "x_eps", "v"])
+@pytest.mark.parametrize(
+    "parameterization", ["eps", "v", *(pytest.param(p, marks=pytest.mark.slow) for p in ("x", "x_eps"))]
+)
 def test_every_weighting_trains(run, workplace, parameterization):
     status, _, err = run(
         "train.py",

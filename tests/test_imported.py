@@ -73,6 +73,7 @@ def converted(teacher: Denoiser, clip: bool, updates: int = 200) -> Denoiser:
     return student.eval()
 
 
+@pytest.mark.slow
 def test_targets_are_clipped_where_eps_says_little(eps_teacher):
     """The ablation: samples from the same noise as the teacher's own, after a conversion with and without clipping."""
     teacher = load_diffusers_teacher(eps_teacher)

@@ -122,7 +122,7 @@ def test_accumulated_batches_train_as_one(run, workplace):
     assert '"updates": 12' in (workplace / "outputs" / "parts" / "teacher" / "metrics.json").read_text()
 
 
-@pytest.mark.parametrize("parameterization", ["x", "x_eps", "v"])
+@pytest.mark.parametrize("parameterization", ["x", *(pytest.param(p, marks=pytest.mark.slow) for p in ("x_eps", "v"))])
 def test_exactly_zero_terminal_snr_is_trained_and_distilled(run, workplace, parameterization):
     name = f"zero-{parameterization}"
     settings = (f"parameterization={parameterization}", "schedule=cosine_zero_snr", "steps.plan=[4,1]")
