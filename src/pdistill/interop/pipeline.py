@@ -45,7 +45,7 @@ class StudentPipeline(DiffusionPipeline):
         sigma_data: float = 0.5,
         num_classes: int | None = None,
         null_label: int | None = None,
-        taught_guidance: tuple[float, float] | None = None,
+        taught_guidance: list[float] | None = None,
         heads: dict[str, list[list[float]]] | None = None,
         sampler: str = "ddim",
     ) -> None:
