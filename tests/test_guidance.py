@@ -63,6 +63,9 @@ def test_before_the_first_update_it_is_its_teacher(teacher):
     told = student.told(LABELS, torch.tensor([1.0, 2.0, 5.0]))
     assert torch.equal(student(noise(), t, told), teacher()(noise(), t, LABELS))
     assert not torch.equal(guided(teacher())(noise(), t, told), teacher()(noise(), t, LABELS))
+    same = teacher()
+    torch.manual_seed(7)  # what came before does not matter: a stage is begun again in another process
+    assert Guidance(1, 5).begin(same, STAGE).fingerprint == student.fingerprint
     fixed = Guidance(2, 2).begin(teacher(), STAGE)
     assert type(fixed.network) is type(teacher().network) and fixed.default_guidance == 2
 
@@ -79,7 +82,7 @@ def test_a_perfect_student_has_no_loss(teacher, clip):
             x_hat = none + g * (known(z, t, condition["label"]) - none)
             return x_hat.clamp(-1, 1) if clip else x_hat
 
-    module = DistillationModule(known, STAGE, Recipe(Distillation(), constant), Guidance(0.5, 4, clip))
+    module = DistillationModule(known, STAGE, Recipe(Distillation(), constant), Guidance(0.5, 4, clip=clip))
     student = module.denoiser
     student.__class__ = Perfect
     batch = {"image": torch.randn(60, 1, 8, 8).clamp(-1, 1), "label": LABELS.repeat(20)}

@@ -59,7 +59,7 @@ def eps_teacher(tmp_path_factory) -> Path:
 
 def converted(teacher: Denoiser, clip: bool, updates: int = 200) -> Denoiser:
     torch.manual_seed(0)
-    student, method = predicting(teacher, V()).train(), Conversion(clip)
+    student, method = predicting(teacher, V()).train(), Conversion(clip=clip)
     optimizer = torch.optim.Adam(student.parameters(), 1e-3)
     images = to_float(digits().images)
     stage = Stage(2, 8, 0, 1, updates, called="converted")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pdistill import registry
 from pdistill.errors import UserError
 from pdistill.guided import GuidedUNet2DModel
+from pdistill.randomness import seed_of
 from pdistill.sampling import Condition
 
 CONDITIONAL_UNET = "conditional_unet"  # what a directory calls a UNet2DConditionModel; its configuration is in unet/
@@ -107,32 +108,42 @@ def call(network: nn.Module, z: Tensor, timestep: Tensor, condition: Condition =
     return output if isinstance(output, Tensor) else output.sample
 
 
+def check_place_for_guidance(network: nn.Module) -> None:
+    """Raises UserError for a network that `with_guidance` cannot give its input."""
+    if isinstance(network, UNet2DModel):
+        takes = network.config["num_class_embeds"] is not None
+    else:
+        named = "guidance" in inspect.signature(network.forward).parameters
+        takes = named or isinstance(network, UNet2DConditionModel)
+    if not takes:
+        raise UserError(
+            f"a {type(network).__name__} has no input for a range of guidance: give one value, e.g. guidance=2, or a "
+            f"network whose forward(z, timestep, class_labels, guidance) takes it"
+        )
+
+
 def with_guidance(network: nn.Module) -> nn.Module:
-    """The network with one input more, `guidance` (B,), which changes nothing yet: a copy.
+    """The network with one input more, `guidance` (B,), which changes nothing yet: a copy, the same each time.
 
     Raises UserError for a network that has no place for it.
     """
+    check_place_for_guidance(network)
     if isinstance(network, UNet2DConditionModel):
-        size = {"time_cond_proj_dim": GUIDANCE_FEATURES}
-        return _rebuilt(network, UNet2DConditionModel, size, {"time_embedding.cond_proj.weight"})
-    if isinstance(network, UNet2DModel) and network.config["num_class_embeds"] is not None:
-        return _rebuilt(network, GuidedUNet2DModel, {}, None)
-    if "guidance" in inspect.signature(network.forward).parameters:
-        return network
-    raise UserError(
-        f"a {type(network).__name__} has no input for a range of guidance: give one value, e.g. guidance=2, or a "
-        f"network whose forward(z, timestep, class_labels, guidance) takes it"
-    )
+        other = _rebuilt(network, UNet2DConditionModel, time_cond_proj_dim=GUIDANCE_FEATURES)
+        nn.init.zeros_(other.get_parameter("time_embedding.cond_proj.weight"))
+        return other
+    return _rebuilt(network, GuidedUNet2DModel) if isinstance(network, UNet2DModel) else network
 
 
-def _rebuilt(network: Any, cls: type, changes: dict[str, Any], zero: set[str] | None) -> nn.Module:
-    """A network of `cls` with the weights of this one; of what it has beyond them, `zero` begins as 0."""
+def _rebuilt(network: Any, cls: type, **changes: Any) -> nn.Module:
+    """A network of `cls` with the weights of this one. What it has beyond them does not depend on what came before:
+    a stage that is begun again, in another process, begins alike."""
     config = {k: v for k, v in network.config.items() if not k.startswith("_")}
-    other = cls(**config | changes).to(network.device).train(network.training)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("guidance"))
+        other = cls(**config | changes)
     other.load_state_dict(other.state_dict() | network.state_dict())
-    for name in zero or ():
-        nn.init.zeros_(other.get_parameter(name))
-    return other
+    return other.to(network.device).train(network.training)
 
 
 def last_layer(network: nn.Module) -> tuple[Tensor, Tensor]:

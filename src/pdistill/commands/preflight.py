@@ -1,6 +1,5 @@
 """What a run of distill.py is to do, found out and checked before any work starts."""
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 
 from pdistill import lora
+from pdistill import network as networks
 from pdistill.commands.denoisers import NEARLY_ZERO_SNR, check_stable, new_student
 from pdistill.commands.identity import is_imported
 from pdistill.commands.job import trainer_of
@@ -18,7 +18,6 @@ from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.method import check_sampler, sampler_taught
-from pdistill.method.guidance import Guidance
 from pdistill.sampling import DDIM, sampler_of
 from pdistill.schedule import DiscreteBetaSchedule
 from pdistill.steps import Stage
@@ -110,7 +109,9 @@ def _guides(settings: Distill, teacher: Denoiser) -> bool:
             f"{settings.teacher} has no null label: give one trained with label_dropout, or, of a diffusers model, "
             f"teacher_null_label=<its last class>"
         )
-    Guidance(*settings.guidance_range).begin(copy.deepcopy(teacher), Stage(0, 1, 0, 1, 0))  # a place for it
+    low, high = settings.guidance_range
+    if low < high:
+        networks.check_place_for_guidance(teacher.network)
     return True
 
 

@@ -132,7 +132,7 @@ def _guide(job: Job, teacher: Path) -> dict[str, Any]:
     """The stage between a teacher and the students that are to know its guidance. Returns its row."""
     settings: Distill = job.settings  # type: ignore[assignment]
     low, high = settings.guidance_range
-    method = Guidance(low, high, settings.guiding.clip)
+    method = Guidance(low, high, clip=settings.guiding.clip)
     return _at_every_time(job, method, settings.guiding, teacher, None)
 
 
@@ -140,7 +140,9 @@ def _convert(job: Job, teacher: Path) -> dict[str, Any]:
     """The stage between a teacher and its first student, where they predict different things. Returns its row."""
     settings: Distill = job.settings  # type: ignore[assignment]
     parameterization = instantiate(settings.parameterization)
-    return _at_every_time(job, Conversion(settings.conversion.clip), settings.conversion, teacher, parameterization)
+    return _at_every_time(
+        job, Conversion(clip=settings.conversion.clip), settings.conversion, teacher, parameterization
+    )
 
 
 def _at_every_time(
