@@ -7,12 +7,12 @@ made by one of them, and copied by the others. `pytest tests/test_x.py` does the
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Command
 
 from pdistill.files import locked, whole_directory
 
@@ -66,18 +66,11 @@ def once(shared):
 
 @pytest.fixture(scope="session")
 def start(workplace):
-    """start("distill.py", "experiment=smoke") -> a Popen in the workplace; output is captured as text."""
+    """start("distill.py", "experiment=smoke") -> a running Command in the workplace."""
 
-    def start(script: str, *overrides: str) -> subprocess.Popen:
+    def start(script: str, *overrides: str) -> Command:
         environment = os.environ | {"PDISTILL_CACHE": str(workplace / "cache"), "WANDB_MODE": "offline"}
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *overrides],
-            cwd=workplace,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Command(ROOT / script, *overrides, cwd=workplace, env=environment)
 
     return start
 
