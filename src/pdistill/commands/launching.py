@@ -1,4 +1,4 @@
-"""Whether the processes that were started are those that the configuration asks for: one line, where they would wait."""
+"""Whether those processes were started that the configuration asks for: otherwise they would wait for each other."""
 
 import socket
 import time
@@ -74,7 +74,7 @@ def check_srun() -> None:
 
 
 def check_seen(strategy: Any) -> None:
-    """Raises UserError where Lightning does not see that a launcher started several processes, and would do so again."""
+    """Raises UserError where Lightning does not know that a launcher started several processes, and would do so too."""
     there, environment = processes.launched(), getattr(strategy, "cluster_environment", None)
     if there is None or there.processes == 1 or environment is None or environment.creates_processes_externally:
         return
