@@ -74,7 +74,11 @@ def test_who_started_how_many(started, variables, expected, rank):
 @pytest.mark.parametrize(
     ("variables", "asked", "words"),
     [
-        (TORCHRUN, (1, 2), "torchrun started 2 processes on each of 2 nodes, and keys asks for 2 processes on one node"),
+        (
+            TORCHRUN,
+            (1, 2),
+            "torchrun started 2 processes on each of 2 nodes, and keys asks for 2 processes on one node",
+        ),
         (TORCHRUN | {"WORLD_SIZE": "2"}, (1, 1), "2 processes on one node, and keys asks for 1 process on one node"),
         (SRUN, (2, 8), "srun started 2 processes on each of 2 nodes, and keys asks for 8 processes on each of 2"),
         (SRUN | {"SLURM_NTASKS": "3"}, (2, 1), "srun started 3 processes on 2 nodes: start as many on every node"),
@@ -228,9 +232,7 @@ def test_torchrun_on_two_nodes(launched, workplace, two, place):
     words = ["train.py", *TINY, "trainer=ddp_cpu", "trainer.devices=1"]
 
     def on_two_nodes(*more: str) -> tuple[list[int], list[tuple[str, str]]]:
-        nodes = [
-            launched([*words, *more], (*prefixes[k], *torchrun(k, address)), **variables[k]) for k in range(2)
-        ]
+        nodes = [launched([*words, *more], (*prefixes[k], *torchrun(k, address)), **variables[k]) for k in range(2)]
         said = [node.communicate(timeout=300) for node in nodes]
         return [node.returncode for node in nodes], said
 
@@ -290,7 +292,9 @@ def test_a_signal_while_it_measures(launched, workplace, trainer):
     time.sleep(2)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip().splitlines()[-1].startswith("error: stopped; the same command"), err
+    assert process.returncode == 130 and err.strip().splitlines()[-1].startswith("error: stopped; the same command"), (
+        err
+    )
     assert "Traceback" not in err and not (directory / "metrics.json").exists()
 
 

@@ -49,11 +49,7 @@ class Job:
 def trainer_of(settings: Train) -> Trainer:
     """A Trainer that fits nothing: it tells of the devices. Raises UserError where this machine cannot run it, or
     other processes were started than it asks for."""
-    nodes, devices = settings.trainer.get("num_nodes", 1), settings.trainer["devices"]
-    asked = f"trainer.num_nodes={nodes} trainer.devices={devices}"
-    launching.check_srun()
-    if devices != -1:
-        launching.check_counts(nodes, devices, asked)
+    launching.check_trainer(settings.trainer)
     try:
         with quietly():
             trainer = instantiate(
@@ -62,7 +58,7 @@ def trainer_of(settings: Train) -> Trainer:
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
-    launching.check_counts(nodes, trainer.num_devices, asked)
+    launching.check_trainer(settings.trainer, trainer.num_devices)
     launching.check_seen(trainer.strategy)
     return trainer
 

@@ -25,6 +25,18 @@ def _launched(what: str) -> int:
 OmegaConf.register_new_resolver("launched", _launched, replace=True)
 
 
+def check_trainer(trainer: Any, devices: int | None = None) -> None:
+    """Raises UserError unless the processes that `cfg.trainer` asks for were started, or Lightning will start them.
+
+    `devices` are those on this node; by default what the configuration says, where that is a number.
+    """
+    _check_srun()
+    nodes, said = trainer.get("num_nodes", 1), trainer["devices"]
+    devices = devices or said
+    if devices != -1:
+        check_counts(nodes, devices, f"trainer.num_nodes={nodes} trainer.devices={said}")
+
+
 def check_counts(nodes: int, devices: int, asked: str) -> None:
     """Raises UserError unless as many processes were started as nodes times devices; `asked` names the keys.
 
@@ -63,7 +75,7 @@ def _check_alone(nodes: int, devices: int, asked: str) -> None:
         )
 
 
-def check_srun() -> None:
+def _check_srun() -> None:
     """Raises UserError for trainer=slurm where srun did not start this process: it would be alone."""
     chosen = HydraConfig.get().runtime.choices.get("trainer") if HydraConfig.initialized() else None
     if chosen == "slurm" and processes.launched() is None:
