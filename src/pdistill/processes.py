@@ -92,6 +92,21 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed else 1
 
 
+_followers: list[Any] = []
+
+
+def remember_started(launcher: Any) -> None:
+    """Of Lightning's launcher: the processes that it started for further devices, which stop when this one does."""
+    _followers.extend(getattr(launcher, "procs", []))
+
+
+def pass_on(number: int) -> None:
+    """Sends a signal to the processes that this one started."""
+    for process in _followers:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
 def is_main() -> bool:
     """True in the one process that writes files and talks."""
     return rank() == 0

@@ -42,7 +42,7 @@ from pdistill.metrics.provenance import (
 )
 from pdistill.metrics.reference import REFERENCE_FEATURES, chosen, reference
 from pdistill.metrics.shares import in_order, leads, my_batches, together
-from pdistill.processes import device_of, is_main, launched, of_main
+from pdistill.processes import device_of, is_main, launched, of_main, remember_started
 from pdistill.report import plots
 from pdistill.report.tables import REAL, cells, curves
 from pdistill.sampling import Draw, generate
@@ -105,6 +105,7 @@ def _start_processes(settings: Evaluate, device: torch.device) -> torch.device:
     try:
         fabric = Fabric(accelerator=device.type, devices=here, num_nodes=nodes, strategy="ddp")
         fabric.launch()
+        remember_started(fabric.strategy.launcher)
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(
             f"devices={settings.devices} cannot be started with device={settings.device} ({first_line(error)})"

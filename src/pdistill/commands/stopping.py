@@ -7,7 +7,7 @@ import sys
 import time
 
 from pdistill.errors import Interrupted, first_line
-from pdistill.processes import is_main
+from pdistill.processes import is_main, pass_on
 
 ASKED_AGAIN = (signal.SIGTERM, signal.SIGUSR1)  # what batch systems send, of which a job may be run again
 SECONDS_FOR_MAIN = 20.0  # srun --kill-on-bad-exit ends the others with the first that ends
@@ -25,6 +25,8 @@ def end_on_signals(what: str) -> None:
     """Ctrl-C, SIGTERM and SIGUSR1 end a command in a line that says what becomes of its work."""
 
     def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+        pass_on(number)
         raise Interrupted(f"stopped; {what}", number)
 
     for number in (signal.SIGINT, *ASKED_AGAIN):
