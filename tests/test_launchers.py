@@ -128,7 +128,7 @@ def test_launchers_that_are_not_installed():
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch) -> Path:
-    """Where a scontrol on PATH notes what it was called with; it says what stands in `state`, and fails with `fault`."""
+    """Where a scontrol on PATH notes its calls; it says what stands in `state`, and fails with what is in `fault`."""
     home = tmp_path / "bin"
     home.mkdir()
     program = home / "scontrol"
@@ -341,7 +341,7 @@ def test_optuna_takes_what_jobs_return(launched, workplace):
     process = launched(["train.py", "-m", *words, "training.learning_rate=choice(0.001,-1)", "seed=choice(0,1,2)"])
     out, err = process.communicate(timeout=580)
     best = (workplace / "outputs" / ".multirun" / "optimization_results.yaml").read_text()
-    runs = [path for path in (workplace / "outputs").glob("searched-*/teacher/metrics.json")]
+    runs = list((workplace / "outputs").glob("searched-*/teacher/metrics.json"))
     values = [next(v for k, v in json.loads(path.read_text()).items() if k.startswith("fid")) for path in runs]
     assert process.returncode in (0, 2) and "Traceback" not in err, err
     assert f"best_value: {min(values)}" in best and "training.learning_rate: 0.001" in best
