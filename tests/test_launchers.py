@@ -298,8 +298,12 @@ def test_a_signal_while_it_measures(launched, workplace, trainer):
     assert "Traceback" not in err and not (directory / "metrics.json").exists()
 
 
-INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("submitit", "joblib", "optuna")}
-needs_optuna = pytest.mark.skipif(not INSTALLED["optuna"], reason="needs the extra: pip install 'pdistill[optuna]'")
+def needs(extra: str, *modules: str) -> pytest.MarkDecorator:
+    missing = any(importlib.util.find_spec(module) is None for module in modules)
+    return pytest.mark.skipif(missing, reason=f"needs the extra: pip install 'pdistill[{extra}]'")
+
+
+needs_optuna, needs_launchers = needs("optuna", "optuna"), needs("launchers", "submitit", "joblib")
 
 
 @pytest.fixture(scope="session")
@@ -314,12 +318,11 @@ def sweep(launched, workplace):
     return sweep
 
 
+@needs_launchers
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_sweep_by_a_launcher(launched, sweep, workplace, launcher):
-    """Each job's result is that of a single run; the one that fails, and the one that is killed, stand in the table."""
-    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher") is None:
-        pytest.skip("needs the extra: pip install 'pdistill[launchers]'")
+    """Each job's result is that of a single run, and those that fail stand in the table."""
     single = launched(["train.py", *TINY, "weighting=constant", f"name=single_{launcher}"])
     assert single.wait(300) == 0, single.communicate()
     words = ("weighting=snr,constant", "training.batch_size=32,-1", f"name=by_{launcher}")
@@ -330,6 +333,26 @@ def test_a_sweep_by_a_launcher(launched, sweep, workplace, launcher):
     ours, theirs = (workplace / "outputs" / name for name in (f"single_{launcher}", f"by_{launcher}-constant"))
     theirs = theirs.with_name(f"{theirs.name}-training.batch_size-32")
     assert hashes(ours) == hashes(theirs)
+
+
+@needs_launchers
+@pytest.mark.slow
+def test_a_job_that_is_killed(launched, workplace):
+    """The table waits for the others, and lists it; the same command again does what is missing."""
+    words = ["train.py", "-m", *LONG, "hydra/launcher=submitit_local", "seed=0,1", "name=killed"]
+    results = workplace / "outputs" / ".multirun"
+    before = set(results.glob("*/00001.json"))
+    process = launched(words)
+    wait_for((workplace / "outputs/killed-seed-1/csv/metrics.csv").exists, process)
+    (record,) = set(results.glob("*/00001.json")) - before
+    os.kill(json.loads(record.read_text())["process"][1], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "1 of 2 jobs failed: killed-seed-1" in err and "Traceback" not in err, err
+    assert "its process ended before it did" in out
+    assert (workplace / "outputs/killed-seed-0/teacher/metrics.json").exists()
+    again = launched(words)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0 and "its process" not in out, err
 
 
 @needs_optuna
@@ -375,7 +398,7 @@ def test_a_slurm_of_two_nodes(workplace, tmp_path, two):
         _until(lambda: (workplace / "outputs/by_sbatch/teacher/metrics.json").exists(), log)
         assert f"the same command continues from there; Slurm runs job {job} again" in log.read_text()
         words = ["-m", *TINY, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "seed=0,-1"]
-        if INSTALLED["submitit"]:
+        if importlib.util.find_spec("submitit") is not None:
             done = subprocess.run([*program, *words, "name=by_submitit"], timeout=300, **options)
             assert done.returncode == 2 and "1 of 2 jobs failed" in done.stderr, done.stderr
             assert (workplace / "outputs/by_submitit-seed-0/teacher/metrics.json").exists()

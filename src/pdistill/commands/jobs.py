@@ -6,10 +6,12 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from pdistill.registry import import_parts
 SWEEP = "PDISTILL_SWEEP"  # of a sweep's jobs, in whatever process: the directory of their results
 STARTED_BY = "PDISTILL_SWEEP_PID"
 NOT_ENDED = "its process ended before it did"
+# Hydra finds that a launcher's keys in conf/ are those of its plugin: as they should be.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def job(command: str) -> Callable[[DictConfig], float | None]:
@@ -55,6 +59,8 @@ def prepare(arguments: list[str]) -> Path | None:
     swept = [o.key_or_group for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
     os.environ[run_directory.SWEPT] = " ".join(filter(None, swept))
     os.environ[SWEEP], os.environ[STARTED_BY] = uuid.uuid4().hex[:8], str(os.getpid())
+    if any(re.match("hydra/launcher=submitit", a) for a in arguments):
+        print("what the jobs print is in outputs/.multirun/.submitit, or below another output_root", flush=True)
     return Path(os.environ[SWEEP])
 
 
@@ -78,7 +84,8 @@ def run_job(command: str, cfg: DictConfig, program: list[str]) -> float | None:
     names = {k: v for k, v in hydra_cfg.runtime.choices.items() if "/" not in k and v}
     choices = {k: v for k, v in typed.items() if k != "name"}
     result = {"name": cfg.get("name"), "output_root": cfg.get("output_root", "outputs"), "groups": names}
-    with _noting(cfg, result | {"choices": choices, "value": None, "error": NOT_ENDED}) as noted:
+    result |= {"choices": choices, "value": None, "error": NOT_ENDED, "process": [socket.gethostname(), os.getpid()]}
+    with _noting(cfg, result) as noted:
         try:
             value, error = _value_or_error(command, cfg, program, overrides)
         except Interrupted as stopped:
@@ -210,8 +217,8 @@ def finish(command: str, sweep: Path, complaint: str | None) -> None:
     try:
         if results and command in ("train", "distill"):
             table.finish([table.Job.of_result(result) for result in results])
-        elif failed := [k for k, result in enumerate(results) if result["error"]]:
-            raise UserError(f"{len(failed)} of {len(results)} jobs failed: {', '.join(map(str, failed))}")
+        elif failed := [f"{k} ({result['error']})" for k, result in enumerate(results) if result["error"]]:
+            raise UserError(f"{len(failed)} of {len(results)} jobs failed: {', '.join(failed)}")
     except UserError as error:
         raise UserError(f"{complaint}; {error}" if complaint else str(error)) from error
     if complaint:
