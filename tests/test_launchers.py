@@ -27,7 +27,7 @@ from pdistill.processes import Launched
 
 ROOT = Path(__file__).parent.parent
 TINY = ["experiment=smoke", "training.updates=6", "steps.plan=[2,1]", "metrics=none"]
-LONG = ["experiment=smoke", "steps.plan=[2,1]", "metrics=none", "checkpoint_every_n_updates=1000"]
+LONG = ["experiment=smoke", "steps.plan=[2,1]", "metrics=none", "training.updates=60", "checkpoint_every_n_updates=5"]
 OURS = ("SLURM", "OMPI", "PMI", "TORCHELASTIC", "PDISTILL_SW", "SUBMITIT")
 ALONE = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -266,8 +266,8 @@ def test_a_job_that_slurm_warns(launched, workplace, scontrol):
 
     whole = start("undisturbed_by_slurm")
     assert [process.wait(300) for process in whole] == [0, 0], [process.communicate() for process in whole]
-    ranks, csv = start("warned_by_slurm"), workplace / "outputs" / "warned_by_slurm" / "csv" / "metrics.csv"
-    wait_for(csv.exists, ranks[0])
+    ranks, checkpoint = start("warned_by_slurm"), workplace / "outputs/warned_by_slurm/teacher/last.ckpt"
+    wait_for(checkpoint.exists, ranks[0])
     ranks[1].send_signal(signal.SIGUSR1)
     said = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [130, 130], said
@@ -343,7 +343,7 @@ def test_a_job_that_is_killed(launched, workplace):
     results = workplace / "outputs" / ".multirun"
     before = set(results.glob("*/00001.json"))
     process = launched(words)
-    wait_for((workplace / "outputs/killed-seed-1/csv/metrics.csv").exists, process)
+    wait_for((workplace / "outputs/killed-seed-1/teacher/last.ckpt").exists, process)
     (record,) = set(results.glob("*/00001.json")) - before
     os.kill(json.loads(record.read_text())["process"][1], signal.SIGKILL)
     out, err = process.communicate(timeout=300)
@@ -393,7 +393,7 @@ def test_a_slurm_of_two_nodes(workplace, tmp_path, two):
         sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append"]
         done = subprocess.run([*sbatch, f"--output={log}", str(script)], timeout=60, **options)
         job = done.stdout.strip()
-        _until(lambda: (workplace / "outputs/by_sbatch/csv/metrics.csv").exists(), log)
+        _until(lambda: (workplace / "outputs/by_sbatch/teacher/last.ckpt").exists(), log)
         subprocess.run(["scancel", "--signal=USR1", job], check=True, timeout=60, **options)
         _until(lambda: (workplace / "outputs/by_sbatch/teacher/metrics.json").exists(), log)
         assert f"the same command continues from there; Slurm runs job {job} again" in log.read_text()
