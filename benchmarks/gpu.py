@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
 
 import gpu_results  # noqa: E402
 import gpu_speed  # noqa: E402
+import gpu_variants  # noqa: E402
 import torch  # noqa: E402
 from gpu_results import Item, OverTime, Results, at_most  # noqa: E402
 
@@ -37,7 +38,6 @@ from pdistill.commands.complaints import USER_ERRORS, one_line  # noqa: E402
 from pdistill.dataset import ImageSet, image_folder  # noqa: E402
 from pdistill.errors import Interrupted, UserError, first_line  # noqa: E402
 from pdistill.files import read_json, whole  # noqa: E402
-from pdistill.processes import device_of  # noqa: E402
 
 STOPPED = (130, -2, -15)  # exit statuses of a command that was interrupted
 GRACE = 40.0  # seconds for a training to write its checkpoint, before the limit
@@ -52,7 +52,7 @@ class Call:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.rehearsed = options, options.rehearse
-        self.sizes = gpu_speed.TOY if options.rehearse else gpu_speed.REAL
+        self.sizes = gpu_variants.TOY if options.rehearse else gpu_variants.REAL
         self.work = options.work.resolve()
         self.results = Results.read(options.output, options.earlier, options.rehearse)
         if options.retry:
@@ -102,11 +102,11 @@ class Call:
         """All, in the order of their importance."""
         found = []
         for batch in self.sizes.batches:
-            for name, how in gpu_speed.SPEED.items():
+            for name, how in gpu_variants.SPEED.items():
                 work = partial(self.bench.steps, batch, how)
                 found.append(Item(f"speed/{batch}/{name}", longest(how), work))
         for name in ("float32", "bf16"):
-            work = partial(self.bench.samplers, gpu_speed.SPEED[name])
+            work = partial(self.bench.samplers, gpu_variants.SPEED[name])
             found.append(Item(f"sampling/{name}", LONGEST["samplers"], work))
         if self.options.data is not None:
             found.append(Item("quality/data", 120.0, self.data))
@@ -117,7 +117,7 @@ class Call:
                 work = partial(self.evaluate, metrics)
                 needs = ("quality/training",)
                 found.append(Item(f"quality/fid-{metrics}", least, work, needs=needs, goes_on=True))
-        for name, how in gpu_speed.parity(self.sizes).items():
+        for name, how in gpu_variants.parity(self.sizes).items():
             found.append(Item(f"parity/{name}", longest(how), partial(self.bench.losses, how)))
         chosen = {item.name for item in found if item.name.startswith(tuple(self.options.only))}
         for item in reversed(found):  # what is needed comes before
@@ -219,8 +219,10 @@ class Call:
             met = all("result" in kept.get(name, {}) for name in item.needs)
             if item.name not in kept and met and item.seconds < self.left:
                 self.do(item)
-        failed = {name for name, item in kept.items() if "error" in item}
-        blocked = [item for item in items if item.name not in kept and failed & set(item.needs)]
+        failed, blocked = {name for name, item in kept.items() if "error" in item}, set()
+        for item in items:
+            if item.name not in kept and (failed | blocked) & set(item.needs):
+                blocked.add(item.name)
         done = sum(item.name in kept for item in items)
         told = f"{done} of {len(items)} items are done"
         if failed or blocked:
@@ -239,13 +241,15 @@ class Call:
                 return
             kept["result"] = result
         except (Exception, OverTime) as error:
+            if item.goes_on and isinstance(error, OverTime):
+                return
             kept["error"] = f"{type(error).__name__}: {first_line(error)}"
             print(f"{item.name}: {kept['error']}", flush=True)
         kept["seconds"] = time.monotonic() - begun
         self.results.keep(item.name, kept)
 
 
-def longest(how: gpu_speed.Variant) -> float:
+def longest(how: gpu_variants.Variant) -> float:
     return LONGEST["compiled" if how.compiled else "eager"]
 
 
@@ -283,7 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.data is not None and not options.data.exists():
             raise UserError(f"--data {options.data} does not exist: give CIFAR-10's JPEGs, a folder, .zip or .tar.xz")
         call = Call(options)
-        device_of(call.sizes.device.type)
+        if not options.rehearse and not torch.cuda.is_available():
+            raise UserError("there is no GPU here: --rehearse does the same on the CPU, with a toy network")
         call.work.mkdir(parents=True, exist_ok=True)
         told = call.run()
         print(

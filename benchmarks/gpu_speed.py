@@ -7,7 +7,6 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import speed
 import torch
 from diffusers import DiffusionPipeline
+from gpu_variants import Sizes, Variant, fresh, in_its_precision, prepare
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdistill.commands.settings import Distill, conf, settings_of
@@ -35,111 +34,6 @@ GIB = 2**30
 SIZE, CHANNELS = 32, 3
 TEACHER_PASSES, DISTILLATION_PASSES = 3, 5  # forward passes' worth of an update; going back counts for two
 SAMPLED_STEPS = (1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is: `REAL`, or the toy of a rehearsal."""
-
-    trainer: str
-    """Of conf/trainer: it says the device."""
-    ddp: str
-    network: str
-    batches: dict[int, int]
-    """Batch size -> updates that are timed."""
-    sampled: int
-    """Images of a batch of the samplers."""
-    samplings: int
-    matmul: int
-    """Rows of the square matrices."""
-    parity_batch: int
-    parity_updates: int
-    backend: str
-    """Of torch.compile."""
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda" if self.trainer == "gpu" else "cpu")
-
-
-REAL = Sizes("gpu", "ddp", "cifar10", {128: 30, 512: 8}, 512, 10, 8192, 128, 200, "inductor")
-TOY = Sizes("cpu", "ddp_cpu", "digits", {4: 2, 8: 2}, 4, 2, 128, 4, 5, "aot_eager")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to compute the same."""
-
-    tf32: bool = True
-    bf16: bool = True
-    channels_last: bool = False
-    compiled: bool = False
-    graphs: bool = False
-    trainer: str | None = None
-    """Another one of conf/trainer."""
-
-    @property
-    def precision(self) -> str:
-        return "bf16-mixed" if self.bf16 else "32-true"
-
-    def autocast(self, device: torch.device) -> Any:
-        return torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
-
-
-SPEED = {
-    "float32": Variant(tf32=False, bf16=False),
-    "tf32": Variant(bf16=False),
-    "bf16": Variant(),
-    "bf16-channels_last": Variant(channels_last=True),
-    "bf16-channels_last-compile": Variant(channels_last=True, compiled=True),
-    "bf16-channels_last-compile-graphs": Variant(channels_last=True, compiled=True, graphs=True),
-}
-
-
-def parity(sizes: Sizes) -> dict[str, Variant]:
-    """Ways whose losses are held against those of float32; float32 again says how exact that can be."""
-    exact = Variant(tf32=False, bf16=False)
-    return {
-        "float32": exact,
-        "float32-again": exact,
-        "bf16": Variant(),
-        "compile": Variant(tf32=False, bf16=False, compiled=True),
-        "ddp": Variant(tf32=False, bf16=False, trainer=sizes.ddp),
-    }
-
-
-def prepare(network: nn.Module, how: Variant, sizes: Sizes) -> None:
-    """Lays out and compiles a network in place.
-
-    Its `forward` is compiled, not the module: hooks, which count passes, stay outside. What CUDA graphs give is copied,
-    for the next run of a graph overwrites it.
-    """
-    if how.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not how.compiled:
-        return
-    mode = "reduce-overhead" if how.graphs and sizes.backend == "inductor" else None
-    compiled = torch.compile(network.forward, backend=sizes.backend, mode=mode)
-
-    def forward(*inputs: Any, **options: Any) -> Any:
-        if not how.graphs:
-            return compiled(*inputs, **options)
-        torch.compiler.cudagraph_mark_step_begin()
-        output: Any = compiled(*inputs, **options)
-        output.sample = output.sample.clone()
-        return output
-
-    network.forward = forward
-
-
-def fresh(tf32: bool) -> None:
-    """Nothing is left of what was measured before, and float32 is computed as it is asked for."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
 
 
 class DeviceClock(speed.Clock):
@@ -257,16 +151,15 @@ class Bench:
                 pipeline: Any = DiffusionPipeline.from_pretrained(str(Path(folder, "student")))
             pipeline.to(device).set_progress_bar_config(disable=True)
             student.to(device)
+            for network in (student.network, pipeline.unet):
+                in_its_precision(network, how, device)
 
             def ours(student: Denoiser = student, steps: int = steps) -> None:
-                noise = torch.randn(count, CHANNELS, SIZE, SIZE, device=device)
-                with how.autocast(device):
-                    images = sample(student, noise, steps)
-                (images / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
+                images = sample(student, torch.randn(count, CHANNELS, SIZE, SIZE, device=device), steps)
+                (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
 
             def theirs(pipeline: Any = pipeline, steps: int = steps) -> None:
-                with how.autocast(device):
-                    pipeline(batch_size=count, num_inference_steps=steps, output_type="np")
+                pipeline(batch_size=count, num_inference_steps=steps, output_type="np")
 
             sides = [partial(speed.timed, side, 1) for side in (ours, theirs)]
             for side in sides:  # warms up
@@ -281,11 +174,13 @@ class Bench:
     def losses(self, how: Variant) -> dict[str, Any]:
         """Of a teacher's first updates, from one seed, without dropout, which a compiled network draws otherwise."""
         fresh(how.tf32)
-        settings = self.settings(how, "training.dropout=0.0")
+        settings = self.settings(how, "training.dropout=0.0", "training.warmup_updates=20")
         settings.training.batch_size = self.sizes.parity_batch
         recipe = Recipe(settings.training, instantiate(settings.weighting))
         case = self.case(self.sizes.parity_batch, self.sizes.parity_updates - speed.WARM_UP - 1)
-        clock = self.fitted(TeacherModule(self.model(), recipe), how, case, settings)
+        model = self.model()
+        torch.nn.init.zeros_(model.network.get_parameter("conv_out.weight"))  # as a training begins
+        clock = self.fitted(TeacherModule(model, recipe), how, case, settings)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return {"losses": torch.stack(clock.losses).float().tolist(), "data": self.data().name}

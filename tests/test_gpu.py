@@ -93,9 +93,12 @@ def test_an_item_that_fails_or_takes_too_long(gpu, call, monkeypatch):
     assert "1 of 1 items are done:" in call("--only", "parity/float32", "--retry")
 
 
-def test_bad_input(gpu, call):
+def test_bad_input(gpu, call, monkeypatch):
     with pytest.raises(SystemExit, match="error: --data nowhere does not exist"):
         call("--data", "nowhere")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="error: there is no GPU here: --rehearse"):
+        gpu.main(["--output", "results"])
     Path("results").mkdir()
     Path("results/results.json").write_text('{"rehearsed": false, "items": {}}')
     with pytest.raises(SystemExit, match=r"results.json is of another kind"):
