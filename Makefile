@@ -5,7 +5,7 @@ WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 READY := .venv/ready
 
-.PHONY: setup demo test test-all lint format wheel bench bench-quick clean
+.PHONY: setup demo test test-all lint format wheel bench bench-quick gpu clean
 
 setup: $(READY)
 
@@ -43,6 +43,15 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	$(BIN)/python benchmarks/speed.py --quick
+
+# On a machine with a GPU, again until all is done: docs/gpu.md. Without .venv it takes PYTHON and what lies in .gpu/.
+OUT ?= outputs/gpu
+DATA ?= $(wildcard .gpu/cifar10_jpeg.tar.xz)
+GPU_PATH = $(CURDIR)/src:$(CURDIR)/.gpu/site$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+gpu:
+	PYTHONPATH=$(GPU_PATH) $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --output $(OUT) \
+		$(if $(DATA),--data $(DATA)) $(GPU)
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info .coverage .coverage.*
