@@ -81,7 +81,7 @@ class Command:
 
 
 def _run(
-    script: Path, words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Connection, err: Connection
+    program: Path | str, words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Connection, err: Connection
 ) -> None:
     """In the new process: what the interpreter does for `python script words` and `python -m module words`."""
     os.environ.clear()
