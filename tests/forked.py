@@ -31,11 +31,11 @@ CONTEXT.set_forkserver_preload(
 
 
 class Command:
-    """A running script, as the tests know it from subprocess.Popen; its output is collected from the start."""
+    """A running script (its path) or module (`-m`), as tests know it from subprocess.Popen; its output is collected."""
 
-    def __init__(self, script: Path, *words: str, cwd: Path, env: dict[str, str]) -> None:
+    def __init__(self, program: Path | str, *words: str, cwd: Path, env: dict[str, str]) -> None:
         (out, self._out), (err, self._err) = (CONTEXT.Pipe(duplex=False) for _ in range(2))
-        self._process = CONTEXT.Process(target=_run, args=(script, words, cwd, env, self._out, self._err))
+        self._process = CONTEXT.Process(target=_run, args=(program, words, cwd, env, self._out, self._err))
         self._process.start()
         self._out.close(), self._err.close()
         self._texts = dict.fromkeys((out, err), "")
@@ -64,6 +64,11 @@ class Command:
         out, err = self._texts.values()
         return out, err
 
+    def finished(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """What subprocess.run gives."""
+        out, err = self.communicate(timeout)
+        return subprocess.CompletedProcess(self._process.name, self.returncode or 0, out, err)
+
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
             os.kill(self._process.pid, number)
@@ -76,18 +81,22 @@ class Command:
 
 
 def _run(
-    script: Path, words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Connection, err: Connection
+    program: Path | str, words: tuple[str, ...], cwd: Path, env: dict[str, str], out: Connection, err: Connection
 ) -> None:
-    """In the new process: what the interpreter does for `python script words`."""
+    """In the new process: what the interpreter does for `python script words` and `python -m module words`."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     for number, pipe in ((1, out), (2, err)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
-    sys.argv = [str(script), *words]
-    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(program), *words]
+    first = str(program.parent if isinstance(program, Path) else cwd)
+    sys.path[:0] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if isinstance(program, Path):
+            runpy.run_path(str(program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
