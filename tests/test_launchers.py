@@ -395,6 +395,9 @@ def test_a_slurm_of_two_nodes(workplace, tmp_path, two):
         job = done.stdout.strip()
         _until(lambda: (workplace / "outputs/by_sbatch/teacher/last.ckpt").exists(), log)
         subprocess.run(["scancel", "--signal=USR1", job], check=True, timeout=60, **options)
+        _until(lambda: f"Slurm runs job {job} again" in log.read_text(), log)
+        at_once = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # else after two minutes
+        _until(lambda: subprocess.run(at_once, timeout=60, **options).returncode == 0, log)
         _until(lambda: (workplace / "outputs/by_sbatch/teacher/metrics.json").exists(), log)
         assert f"the same command continues from there; Slurm runs job {job} again" in log.read_text()
         words = ["-m", *TINY, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "seed=0,-1"]
