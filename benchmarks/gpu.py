@@ -69,10 +69,9 @@ class Call:
     def images(self) -> ImageSet:
         """What is trained on: the given images, else noise, which does for speed."""
         if self.options.data is not None:
-            return image_folder(str(self.folder), gpu_speed.SIZE)
+            return image_folder(str(self.folder), self.sizes.size)
         random = torch.Generator().manual_seed(0)
-        shape = (512, gpu_speed.CHANNELS, gpu_speed.SIZE, gpu_speed.SIZE)
-        return ImageSet("noise", torch.randint(0, 256, shape, dtype=torch.uint8, generator=random))
+        return ImageSet("noise", torch.randint(0, 256, (512, *self.bench.shape), dtype=torch.uint8, generator=random))
 
     @cached_property
     def folder(self) -> Path:
@@ -146,7 +145,7 @@ class Call:
         """A teacher and its students, by the project's own command."""
         count = self.results.value("quality/updates")
         words = ["experiment=cifar10", f"network={self.sizes.network}", f"trainer={self.sizes.trainer}"]
-        words += ["dataset=image_folder", f"dataset.path={self.folder}", f"dataset.image_size={gpu_speed.SIZE}"]
+        words += ["dataset=image_folder", f"dataset.path={self.folder}", f"dataset.image_size={self.sizes.size}"]
         words += [f"training.updates={count['teacher']}", f"training.warmup_updates={count['teacher'] // 20}"]
         words += ["training.ema_decay=auto", "training.dropout=0", "distillation.learning_rate=2e-4"]
         words += [f"{s}.batch_size={min(self.sizes.batches)}" for s in ("training", "distillation")]
