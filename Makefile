@@ -1,5 +1,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Processes that share the tests: one for each core, at most four (tests/conftest.py)
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --dist worksteal
 READY := .venv/ready
 
 .PHONY: setup demo test test-all lint format wheel bench bench-quick gpu clean
@@ -17,10 +20,10 @@ demo: $(READY)
 	$(BIN)/python distill.py experiment=demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) -m 'slow or not slow' --cov --cov-report=term
 
 lint: $(READY)
 	$(BIN)/ruff check .
