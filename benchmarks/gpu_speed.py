@@ -131,7 +131,11 @@ class Bench:
         found: dict[str, Any] = {"matmul_flops": rate, "flops_of_a_pass": one, "batch": batch, "updates": case.steps}
         passes = {"teacher": TEACHER_PASSES, "bare": TEACHER_PASSES, "distillation": DISTILLATION_PASSES}
         for name, measure in {"teacher": teacher, "bare": bare, "distillation": student}.items():
-            seconds, peak = with_peak(measure)
+            try:
+                seconds, peak = with_peak(measure)
+            except torch.OutOfMemoryError:
+                found[name] = {"error": "out of memory"}
+                continue
             median = statistics.median(seconds)
             used = passes[name] * one * batch / median / rate
             found[name] = {"seconds": median, "images_per_second": batch / median, "peak_gib": peak}
@@ -200,6 +204,7 @@ def with_peak(measure: Callable[[], Any]) -> tuple[Any, float | None]:
     gc.collect()
     if not torch.cuda.is_available():
         return measure(), None
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = measure()
     return found, torch.cuda.max_memory_allocated() / GIB
