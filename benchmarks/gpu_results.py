@@ -74,7 +74,7 @@ def at_most(seconds: float) -> Iterator[None]:
     """Raises OverTime inside the block after so long."""
 
     def over(number: int, frame: object) -> None:
-        raise OverTime(f"took longer than {seconds:.0f} s")
+        raise OverTime(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, seconds)
