@@ -42,7 +42,7 @@ from pdistill.files import read_json, whole  # noqa: E402
 STOPPED = (130, -2, -15)  # exit statuses of a command that was interrupted
 GRACE = 40.0  # seconds for a training to write its checkpoint, before the limit
 SHORTEST = 60.0  # seconds that are worth going on with a training
-LONGEST = {"eager": 120.0, "compiled": 260.0, "samplers": 150.0}  # seconds of an item
+LONGEST = {"eager": 150.0, "compiled": 260.0, "samplers": 150.0, "parity": 200.0}  # seconds of an item
 BASELINES = ("ddim", "dpmsolver++2m", "unipc")
 RUN = "gpu-quality"
 
@@ -69,10 +69,9 @@ class Call:
     def images(self) -> ImageSet:
         """What is trained on: the given images, else noise, which does for speed."""
         if self.options.data is not None:
-            return image_folder(str(self.folder), gpu_speed.SIZE)
+            return image_folder(str(self.folder), self.sizes.size)
         random = torch.Generator().manual_seed(0)
-        shape = (512, gpu_speed.CHANNELS, gpu_speed.SIZE, gpu_speed.SIZE)
-        return ImageSet("noise", torch.randint(0, 256, shape, dtype=torch.uint8, generator=random))
+        return ImageSet("noise", torch.randint(0, 256, (512, *self.bench.shape), dtype=torch.uint8, generator=random))
 
     @cached_property
     def folder(self) -> Path:
@@ -104,7 +103,8 @@ class Call:
         for batch in self.sizes.batches:
             for name, how in gpu_variants.SPEED.items():
                 work = partial(self.bench.steps, batch, how)
-                found.append(Item(f"speed/{batch}/{name}", longest(how), work))
+                seconds = LONGEST["compiled" if how.compiled else "eager"]
+                found.append(Item(f"speed/{batch}/{name}", seconds, work))
         for name in ("float32", "bf16"):
             work = partial(self.bench.samplers, gpu_variants.SPEED[name])
             found.append(Item(f"sampling/{name}", LONGEST["samplers"], work))
@@ -118,7 +118,7 @@ class Call:
                 needs = ("quality/training",)
                 found.append(Item(f"quality/fid-{metrics}", least, work, needs=needs, goes_on=True))
         for name, how in gpu_variants.parity(self.sizes).items():
-            found.append(Item(f"parity/{name}", longest(how), partial(self.bench.losses, how)))
+            found.append(Item(f"parity/{name}", LONGEST["parity"], partial(self.bench.losses, how)))
         chosen = {item.name for item in found if item.name.startswith(tuple(self.options.only))}
         for item in reversed(found):  # what is needed comes before
             chosen |= set(item.needs) if item.name in chosen else set()
@@ -146,7 +146,7 @@ class Call:
         """A teacher and its students, by the project's own command."""
         count = self.results.value("quality/updates")
         words = ["experiment=cifar10", f"network={self.sizes.network}", f"trainer={self.sizes.trainer}"]
-        words += ["dataset=image_folder", f"dataset.path={self.folder}", f"dataset.image_size={gpu_speed.SIZE}"]
+        words += ["dataset=image_folder", f"dataset.path={self.folder}", f"dataset.image_size={self.sizes.size}"]
         words += [f"training.updates={count['teacher']}", f"training.warmup_updates={count['teacher'] // 20}"]
         words += ["training.ema_decay=auto", "training.dropout=0", "distillation.learning_rate=2e-4"]
         words += [f"{s}.batch_size={min(self.sizes.batches)}" for s in ("training", "distillation")]
@@ -247,10 +247,6 @@ class Call:
             print(f"{item.name}: {kept['error']}", flush=True)
         kept["seconds"] = time.monotonic() - begun
         self.results.keep(item.name, kept)
-
-
-def longest(how: gpu_variants.Variant) -> float:
-    return LONGEST["compiled" if how.compiled else "eager"]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What benchmarks/gpu.py keeps: items, their results in results.json, and the tables that are made of them."""
 
+import math
 import signal
 import statistics
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ def at_most(seconds: float) -> Iterator[None]:
     """Raises OverTime inside the block after so long."""
 
     def over(number: int, frame: object) -> None:
-        raise OverTime(f"took longer than {seconds:.0f} s")
+        raise OverTime(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -113,10 +114,13 @@ def _speed(items: Items) -> list[str]:
         teacher, student, bare = (found[key] for key in ("teacher", "distillation", "bare"))
         cells = [str(found["batch"]), name.partition("/")[2].replace("-", ", ")]
         for side in (teacher, student):
-            cells += [words(1000 * side["seconds"], ".1f"), words(side["images_per_second"], ".0f")]
-            cells += [words(100 * side["utilisation"], ".1f"), words(side["peak_gib"], ".2f")]
-        cells += [words(student["seconds"] / teacher["seconds"], ".3f")]
-        lines.append([*cells, words(teacher["seconds"] / bare["seconds"], ".3f")])
+            milliseconds = side.get("error") or words(1000 * side["seconds"], ".1f")
+            cells += [milliseconds, words(side.get("images_per_second"), ".0f")]
+            cells += [words(100 * side.get("utilisation", math.nan), ".1f"), words(side.get("peak_gib"), ".2f")]
+        ratios = [
+            a.get("seconds", math.nan) / b.get("seconds", math.nan) for a, b in ((student, teacher), (teacher, bare))
+        ]
+        lines.append([*cells, *(words(ratio, ".3f") for ratio in ratios)])
         rates.append(found["matmul_flops"])
     if not lines:
         return []

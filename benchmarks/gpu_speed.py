@@ -3,12 +3,13 @@
 The loops are those of benchmarks/speed.py. Steps are timed by the device's own events, and their median counts.
 """
 
+import copy
 import gc
 import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pdistill.training.module import DenoisingModule, Recipe
 from pdistill.training.teacher import TeacherModule
 
 GIB = 2**30
-SIZE, CHANNELS = 32, 3
+CHANNELS = 3
 TEACHER_PASSES, DISTILLATION_PASSES = 3, 5  # forward passes' worth of an update; going back counts for two
 SAMPLED_STEPS = (1, 2, 4, 8)
 
@@ -67,9 +68,17 @@ class Bench:
     sizes: Sizes
     data: Callable[[], ImageSet]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return CHANNELS, self.sizes.size, self.sizes.size
+
+    @cached_property
+    def _model(self) -> Denoiser:
+        return speed.new_denoiser(self.case(1, 1))
+
     def model(self) -> Denoiser:
         """A fresh one, the same each time."""
-        return speed.new_denoiser(self.case(1, 1))
+        return copy.deepcopy(self._model)
 
     def settings(self, how: Variant, *words: str) -> Distill:
         """Those of the paper's recipe."""
@@ -90,7 +99,7 @@ class Bench:
         return clock
 
     def case(self, batch: int, updates: int) -> speed.Case:
-        return speed.Case(self.sizes.network, SIZE, CHANNELS, batch, updates, 1, 1, 1, 0.0)
+        return speed.Case(self.sizes.network, self.sizes.size, CHANNELS, batch, updates, 1, 1, 1, 0.0)
 
     # ---- speed
 
@@ -98,10 +107,10 @@ class Bench:
         """Updates of a teacher, of a student, and of a teacher by a bare loop."""
         fresh(how.tf32)
         rate = matmul_flops(self.sizes)
-        case, settings = self.case(batch, self.sizes.batches[batch]), self.settings(how)
-        training, distillation = settings.training, settings.distillation
-        training.batch_size = distillation.batch_size = batch
-        recipes = [Recipe(section, instantiate(settings.weighting)) for section in (training, distillation)]
+        case = self.case(batch, self.sizes.batches[batch])
+        settings = self.settings(how, f"training.batch_size={batch}", f"distillation.batch_size={batch}")
+        sections = settings.training, settings.distillation
+        recipes = [Recipe(section, instantiate(settings.weighting)) for section in sections]
         stage = Stage(index=1, num_steps=8, teacher=0, teacher_steps=2, updates=case.steps + speed.WARM_UP + 1)
 
         def teacher() -> list[float]:
@@ -113,26 +122,31 @@ class Bench:
 
         def bare() -> list[float]:
             model = self.model().to(self.sizes.device)
-            set_dropout(model.network, training.dropout)
+            set_dropout(model.network, settings.training.dropout)
             prepare(model.network, how, self.sizes)
             clock = DeviceClock(self.sizes.device)
             return speed.bare(model, self.data(), case, clock, lambda: how.autocast(self.sizes.device))
 
-        one = self.flops_of_a_pass()
+        one = self.flops_of_a_pass
         found: dict[str, Any] = {"matmul_flops": rate, "flops_of_a_pass": one, "batch": batch, "updates": case.steps}
         passes = {"teacher": TEACHER_PASSES, "bare": TEACHER_PASSES, "distillation": DISTILLATION_PASSES}
         for name, measure in {"teacher": teacher, "bare": bare, "distillation": student}.items():
-            seconds, peak = with_peak(measure)
+            try:
+                seconds, peak = with_peak(measure)
+            except torch.OutOfMemoryError:
+                found[name] = {"error": "out of memory"}
+                continue
             median = statistics.median(seconds)
             used = passes[name] * one * batch / median / rate
             found[name] = {"seconds": median, "images_per_second": batch / median, "peak_gib": peak}
             found[name] |= {"utilisation": used, "all_seconds": seconds}
         return found
 
+    @cached_property
     def flops_of_a_pass(self) -> int:
         """FLOPs of the network for one image, counted without computing them."""
         network = self.model().network.to("meta")
-        z, t = torch.empty(1, CHANNELS, SIZE, SIZE, device="meta"), torch.empty(1, device="meta")
+        z, t = torch.empty(1, *self.shape, device="meta"), torch.empty(1, device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(z, t)
         return counter.get_total_flops()
@@ -155,7 +169,7 @@ class Bench:
                 in_its_precision(network, how, device)
 
             def ours(student: Denoiser = student, steps: int = steps) -> None:
-                images = sample(student, torch.randn(count, CHANNELS, SIZE, SIZE, device=device), steps)
+                images = sample(student, torch.randn(count, *self.shape, device=device), steps)
                 (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
 
             def theirs(pipeline: Any = pipeline, steps: int = steps) -> None:
@@ -175,7 +189,6 @@ class Bench:
         """Of a teacher's first updates, from one seed, without dropout, which a compiled network draws otherwise."""
         fresh(how.tf32)
         settings = self.settings(how, "training.dropout=0.0", "training.warmup_updates=20")
-        settings.training.batch_size = self.sizes.parity_batch
         recipe = Recipe(settings.training, instantiate(settings.weighting))
         case = self.case(self.sizes.parity_batch, self.sizes.parity_updates - speed.WARM_UP - 1)
         model = self.model()
@@ -191,6 +204,7 @@ def with_peak(measure: Callable[[], Any]) -> tuple[Any, float | None]:
     gc.collect()
     if not torch.cuda.is_available():
         return measure(), None
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = measure()
     return found, torch.cuda.max_memory_allocated() / GIB

@@ -17,6 +17,8 @@ class Sizes:
     """Of conf/trainer: it says the device."""
     ddp: str
     network: str
+    size: int
+    """Pixels of an image's side."""
     batches: dict[int, int]
     """Batch size -> updates that are timed."""
     sampled: int
@@ -34,8 +36,8 @@ class Sizes:
         return torch.device("cuda" if self.trainer == "gpu" else "cpu")
 
 
-REAL = Sizes("gpu", "ddp", "cifar10", {128: 30, 512: 8}, 512, 10, 8192, 128, 200, "inductor")
-TOY = Sizes("cpu", "ddp_cpu", "digits", {4: 2, 8: 2}, 4, 2, 128, 4, 5, "aot_eager")
+REAL = Sizes("gpu", "ddp", "cifar10", 32, {128: 20, 512: 5}, 512, 10, 8192, 64, 200, "inductor")
+TOY = Sizes("cpu", "ddp_cpu", "digits", 8, {4: 2, 8: 2}, 4, 2, 128, 4, 5, "aot_eager")
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,13 @@ class Clock(Callback):
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of the steps, without those that warm up."""
-        return [b - a for a, b in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False)]
+        """Of the steps."""
+        return between(self.ends)
+
+
+def between(ends: list[float]) -> list[float]:
+    """Seconds of the steps, without those that warm up."""
+    return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
 
 
 def timed(call: Callable[[], object], repeats: int) -> list[float]:
