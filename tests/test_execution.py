@@ -101,6 +101,21 @@ def test_a_compiled_stage_is_resumed_to_the_byte(traced, tmp_path):
     assert distance(again, whole) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_code_that_torch_compiles_trains_alike_and_is_resumed_to_the_byte(mode, tmp_path):
+    options = Execution(compile=True, compile_mode=mode)
+    whole = trained(tmp_path / "whole", options)
+    assert distance(whole, trained(tmp_path / "plain", Execution())) < 1e-4
+    with pytest.raises(Interrupted):
+        train(
+            DistillationModule(new_denoiser(), STAGE, recipe(execution=options)), tmp_path / "s", callbacks=[StopAt(3)]
+        )
+    again = DistillationModule(new_denoiser(), STAGE, recipe(execution=options))
+    train(again, tmp_path / "s")
+    assert distance(again, whole) == 0
+
+
 @pytest.mark.parametrize("change", ["channels_last", "gradient_checkpointing"])
 def test_layout_and_checkpointing_change_the_rounding_alone(change, tmp_path):
     plain = trained(tmp_path / "plain", Execution())
