@@ -110,9 +110,14 @@ class Heads:
         return tuple(b - a for a, b in pairwise(edges))
 
 
-@functools.lru_cache(64)
 def table(dtype: torch.dtype, values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(K,), made once for each device: a training step must not wait for a copy."""
+    """(K,), made once for each device: a training step must not wait for a copy. A graph that is traced has its own."""
+    make = _table.__wrapped__ if torch.compiler.is_compiling() else _table
+    return make(dtype, values, device)
+
+
+@functools.lru_cache(64)
+def _table(dtype: torch.dtype, values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64).to(device, dtype)
 

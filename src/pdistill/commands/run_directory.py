@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,10 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
 
 def _defaults(cfg: DictConfig) -> dict[str, str]:
     """The defaults of all keys, as dotted keys: what a run did without the keys that are younger than it is."""
-    container: Any = OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(cfg)), enum_to_str=True)
-    keys = choices.flat(container)
+    kind, keys = OmegaConf.get_type(cfg), {}
+    if is_dataclass(kind):
+        section: Any = OmegaConf.to_container(OmegaConf.structured(kind), enum_to_str=True)
+        keys = choices.flat(section)
     for group, choice in HydraConfig.get().runtime.choices.items() if HydraConfig.initialized() else ():
         file = conf() / group / f"{choice}.yaml"
         if group in NAMED_GROUPS and file.exists():

@@ -68,7 +68,7 @@ def running(module: Any, mixed: bool) -> Iterator[None]:
     averages = {id(part) for ema in module.emas for part in ema.modules()}
     denoisers = [part for part in module.modules() if isinstance(part, Denoiser) and id(part) not in averages]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_float32(execution.matmul_precision))
+        stack.enter_context(_float32(None if execution.matmul_precision == "default" else execution.matmul_precision))
         for denoiser in denoisers if mixed else ():
             stack.enter_context(exact_end(denoiser.network))
         if execution.gradient_checkpointing:
@@ -83,13 +83,16 @@ def running(module: Any, mixed: bool) -> Iterator[None]:
 def paused(execution: Execution) -> Iterator[None]:
     """For samples between two updates: as all samples are drawn, not compiled, since their batches have other sizes."""
     eager = torch.compiler.set_stance("force_eager") if execution.compile else contextlib.nullcontext()
-    with eager, _float32("default"):
+    with eager, _float32(None if execution.matmul_precision == "default" else "default"):
         yield
 
 
 @contextlib.contextmanager
-def _float32(precision: str) -> Iterator[None]:
-    """How float32 products are computed; "default" is torch's: matrix products in full, convolutions in TF32."""
+def _float32(precision: str | None) -> Iterator[None]:
+    """How float32 products are computed; "default" is torch's own way; with None nothing changes."""
+    if precision is None:
+        yield
+        return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest" if precision == "default" else precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
