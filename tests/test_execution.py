@@ -134,7 +134,7 @@ def test_layout_and_checkpointing_change_the_rounding_alone(change, tmp_path):
     changed, theirs = trained(tmp_path / "changed", Execution(**{change: True}))
     assert theirs == pytest.approx(losses, rel=1e-3 if change == "channels_last" else 0)
     if change == "channels_last":
-        weight = changed.student.network.get_parameter("conv_in.weight")
+        weight = changed.student.network.get_parameter("down_blocks.0.resnets.0.conv1.weight")
         assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     else:
         assert distance(changed, plain) == 0
