@@ -107,13 +107,12 @@ def _float32(precision: str | None) -> Iterator[None]:
 def exact_end(network: Any) -> Iterator[None]:
     """Makes the last convolution of a diffusers UNet a `LastConvolution`; of another network nothing is known."""
     last = getattr(network, "conv_out", None)
-    exact = type(last) is nn.Conv2d
-    if exact:
+    if type(last) is nn.Conv2d:
         last.__class__ = LastConvolution
     try:
         yield
     finally:
-        if exact:
+        if type(last) is LastConvolution:
             last.__class__ = nn.Conv2d
 
 
