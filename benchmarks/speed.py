@@ -2,7 +2,8 @@
 
 The two sides of a ratio take turns, and it is that of the medians over all their repetitions. Rows appear as they are
 measured; with `--quick` (the digits network alone, fewer rounds) all are there in one or two minutes. Measure on an
-otherwise quiet machine. `--json FILE` keeps every repetition in seconds.
+otherwise quiet machine. `--json FILE` keeps every repetition in seconds. `--settings` measures instead what compiling,
+bfloat16 and the other settings of a run bring, and what they change in the target.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pdistill.bars import bar
@@ -41,11 +43,13 @@ from pdistill.parameterization import X
 from pdistill.sampling import Draw, generate, sample
 from pdistill.schedule import CosineSchedule
 from pdistill.steps import Stage
+from pdistill.target import distillation_target
+from pdistill.training import execution
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.fit import FitSettings, fit
 from pdistill.training.module import DenoisingModule, Recipe
-from pdistill.training.settings import Distillation, Training
+from pdistill.training.settings import Distillation, Execution, Training
 from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import truncated_snr
 
@@ -89,15 +93,15 @@ class Results:
 
     def begin(self) -> None:
         print(f"{machine()['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
-        print(f"{'network':<9}{'ratio':<40}{'measured':>9}{'limit':>11}{'ours, ms':>11}{'theirs, ms':>12}", flush=True)
+        print(f"{'network':<9}{'ratio':<48}{'measured':>9}{'limit':>11}{'ours, ms':>11}{'theirs, ms':>12}", flush=True)
 
     def ratio(self, network: str, what: str, limit: object, ours: list[float], theirs: list[float]) -> None:
         a, b = statistics.median(ours), statistics.median(theirs)
-        row = f"{network:<9}{what:<40}{a / b:>9.3f}{limit!s:>11}{1000 * a:>11.1f}{1000 * b:>12.1f}"
+        row = f"{network:<9}{what:<48}{a / b:>9.3f}{limit!s:>11}{1000 * a:>11.1f}{1000 * b:>12.1f}"
         self._add(row, network=network, ratio=what, limit=str(limit), ours=ours, theirs=theirs)
 
     def seconds(self, what: str, values: list[float]) -> None:
-        row = f"{'':<9}{what:<40}{'':>9}{'':>11}{1000 * statistics.median(values):>11.1f}"
+        row = f"{'':<9}{what:<48}{'':>9}{'':>11}{1000 * statistics.median(values):>11.1f}"
         self._add(row, seconds=what, ours=values)
 
     def _add(self, row: str, **kept: Any) -> None:
@@ -241,7 +245,76 @@ def training(case: Case, results: Results) -> None:
     images = [seconds / case.batch for seconds in framework]
     results.ratio(case.network, "images/s of the loader / of training", "5 or more", images, loaded(case))
     what = "distillation step / teacher step"
-    results.ratio(case.network, what, 1.75, *in_turns(distillation, lambda: teacher(None), case.rounds, what))
+    results.ratio(case.network, what, 1.55, *in_turns(distillation, lambda: teacher(None), case.rounds, what))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run the same networks."""
+
+    name: str
+    execution: Execution = field(default_factory=Execution)
+    precision: str = "32-true"
+
+    @property
+    def mixed(self) -> bool:
+        return "mixed" in self.precision
+
+    @property
+    def trainer(self) -> Any:
+        return partial(ON_CPU, precision=self.precision)
+
+
+PLAIN = Setting("as by default")
+SETTINGS = (
+    Setting("channels_last", Execution(channels_last=True)),
+    Setting("gradient_checkpointing", Execution(gradient_checkpointing=True)),
+    Setting("bf16-mixed", precision="bf16-mixed"),
+    Setting("compile", Execution(compile=True)),
+    Setting("compile, channels_last", Execution(compile=True, channels_last=True)),
+    Setting("compile, bf16-mixed", Execution(compile=True), "bf16-mixed"),
+)
+
+
+def with_settings(case: Case, results: Results, chosen: list[str]) -> None:
+    """Both steps with each setting over the teacher's without it, their ratio, and what becomes of the target."""
+    torch.manual_seed(0)
+    shape = (512, case.channels, case.size, case.size)
+    data, model = ImageSet("noise", torch.randint(0, 256, shape, dtype=torch.uint8)), new_denoiser(case)
+    stage = Stage(index=1, num_steps=8, teacher=0, teacher_steps=2, updates=case.steps + WARM_UP + 1)
+
+    def teacher(setting: Setting) -> list[float]:
+        settings = Training(batch_size=case.batch, ema_decay=None, warmup_updates=0)
+        recipe = Recipe(settings, truncated_snr, execution=setting.execution)
+        return fitted(TeacherModule(copy.deepcopy(model), recipe), data, case, trainer=setting.trainer)
+
+    def student(setting: Setting) -> DistillationModule:
+        recipe = Recipe(Distillation(batch_size=case.batch), truncated_snr, execution=setting.execution)
+        return DistillationModule(copy.deepcopy(model), stage, recipe)
+
+    @torch.inference_mode()
+    def target(setting: Setting) -> Tensor:
+        module, random = student(setting), torch.Generator().manual_seed(1)
+        z = torch.randn(case.batch, case.channels, case.size, case.size, generator=random)
+        t = torch.randint(1, stage.num_steps + 1, (case.batch,), generator=random) / stage.num_steps
+        halves = torch.autocast("cpu", torch.bfloat16, enabled=setting.mixed)
+        with execution.running(module, setting.mixed), halves:
+            return distillation_target(module.teacher, z, t, stage.num_steps)
+
+    exact = target(PLAIN)
+    for setting in (s for s in (PLAIN, *SETTINGS) if not chosen or s.name in chosen):
+        what, plain = f"{setting.name}: teacher step / plain", []
+        if setting is not PLAIN:
+            ours, plain = in_turns(partial(teacher, setting), partial(teacher, PLAIN), case.rounds, what)
+            results.ratio(case.network, what, "", ours, plain)
+        what = f"{setting.name}: distillation / teacher"
+        distillation = partial(lambda s: fitted(student(s), data, case, trainer=s.trainer), setting)
+        ours, theirs = in_turns(distillation, partial(teacher, setting), case.rounds, what)
+        results.ratio(case.network, what, 1.55, ours, theirs)
+        if plain:
+            results.ratio(case.network, f"{setting.name}: distillation / plain teacher", 1.55, ours, plain)
+            change = float((target(setting) - exact).norm() / exact.norm())
+            print(f"{case.network:<9}{setting.name + ': relative change of the target':<48}{change:.1e}", flush=True)
 
 
 def sampling(case: Case, results: Results) -> None:
@@ -299,10 +372,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the digits network alone, in one or two minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keeps every repetition, in seconds")
+    parser.add_argument("--settings", nargs="*", metavar="NAME", help="what settings bring: all, or those named")
+    parser.add_argument("--network", choices=["digits", "cifar10"], help="with --settings: this one alone")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     results = Results(options.json)
     results.begin()
+    if options.settings is not None:
+        for case in (QUICK, CIFAR10):
+            if options.network in (None, case.network):
+                with_settings(case, results, options.settings)
+        return
     for case in (QUICK,) if options.quick else (DIGITS, CIFAR10):
         training(case, results)
         sampling(case, results)

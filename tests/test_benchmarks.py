@@ -34,6 +34,34 @@ def test_speed_prints_every_ratio_and_keeps_the_seconds(tmp_path, monkeypatch, c
     assert all((row.get("ratio") or row["seconds"]) in shown for row in rows)
 
 
+def test_settings_and_the_profile_of_both_steps(monkeypatch, capsys):
+    """The floor is no more than the step, and distilling keeps one copy of the weights more, as it should."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    profile_steps = benchmark("profile_steps")
+    tiny = {"batch": 4, "steps": 1, "rounds": 1, "evaluations": 1, "samplings": 1, "limit": 1.1}
+    monkeypatch.setattr(profile_steps, "CASES", {"digits": profile_steps.Case("digits", 8, 1, **tiny)})
+    monkeypatch.setattr(sys, "argv", ["profile_steps.py", "--top", "3"])
+    profile_steps.main()
+    shown = capsys.readouterr().out
+    cells = dict(line.strip("| ").split(" | ", 1) for line in shown.splitlines() if line.startswith("| "))
+    teacher, distillation = (float(cell) for cell in cells["GFLOP"].split(" | "))
+    assert 1.6 < distillation / teacher < 1.7  # 5/3, but that the first layer's input has no gradient
+    assert all(float(cell) > 1 for cell in cells["step / floor"].split(" | "))
+    assert all(float(cell) > 0 for cell in cells["convolutions"].split(" | "))
+    measured, allowed = (
+        float(word.strip(",")) for word in shown.split("peak of teacher training ")[1].split()[::7][:2]
+    )
+    assert 1 < measured <= allowed
+    speed = sys.modules["speed"]
+    monkeypatch.setattr(speed, "QUICK", profile_steps.CASES["digits"])
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--settings", "channels_last", "--network", "digits"])
+    speed.main()
+    shown = capsys.readouterr().out
+    assert "channels_last: teacher step / plain" in shown and "channels_last: distillation / teacher" in shown
+    change = float(shown.split("relative change of the target")[1].split()[0])
+    assert 0 <= change < 1e-5
+
+
 def test_import_time_names_the_target(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["import_time.py", "--runs", "1"])
     import_time = benchmark("import_time")

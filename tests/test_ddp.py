@@ -27,10 +27,11 @@ from pdistill import processes
 from pdistill.errors import Interrupted, UserError
 from pdistill.method.guidance import Guidance
 from pdistill.method.tract import Tract
-from pdistill.training import callbacks
+from pdistill.training import callbacks, execution
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.fit import fit, make_trainer, start_processes
+from pdistill.training.settings import Execution
 from pdistill.training.teacher import TeacherModule
 
 HOME = Path(sys.argv[1])
@@ -86,6 +87,10 @@ labelled.null_label = 4
 guided = DistillationModule(labelled, replace(STAGE, called="guided"), recipe(), Guidance(1, 5))
 run(guided, "guided", callbacks=[losses])
 told |= {"guided": digest(guided), "drawn": losses.losses[36:]}
+execution.compile_network = lambda network, mode: network.compile(backend="eager", fullgraph=True)
+compiled = DistillationModule(new_denoiser(processes.rank()), STAGE, recipe(execution=Execution(compile=True)))
+run(compiled, "compiled")
+told |= {"compiled": digest(compiled)}
 callbacks.SECONDS_TO_STOP = 1e-6
 only_one = [StopAt(2)] if processes.rank() == 1 else []
 teacher, bad = (kind(new_denoiser(processes.rank()), recipe()) for kind in (TeacherModule, BadShare))
@@ -117,6 +122,10 @@ def told(home) -> list[dict]:
 def test_ranks_have_one_set_of_weights(told):
     assert told[0]["world"] == told[1]["world"] == 2
     assert told[0]["digest"] == told[1]["digest"]
+
+
+def test_compiled_networks_of_two_ranks_learn_the_same(told):
+    assert told[0]["compiled"] == told[1]["compiled"] == told[0]["digest"]
 
 
 def test_ranks_have_one_self_teacher(told):

@@ -1,7 +1,7 @@
 """The thing that flows: a network together with what its output means."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -77,6 +77,7 @@ class Denoiser(nn.Module):
         self.adapters: dict[str, Tensor] | None = None
         self._image_shape = image_shape
         self.sampler = sampler
+        self.on_pass: Callable[[nn.Module, int], None] | None = None  # is told of each evaluation: network, images
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         alpha, sigma = (broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t)))
@@ -84,9 +85,11 @@ class Denoiser(nn.Module):
 
     def output(self, z: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         """What the network says (B, C', H, W), before the parameterization reads it."""
-        alpha, sigma = (broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t)))
-        scale = getattr(self.parameterization, "scale_input", None)
-        scaled = z if scale is None else scale(z, alpha, sigma)
+        scaled, scale = z, getattr(self.parameterization, "scale_input", None)
+        if scale is not None:
+            scaled = scale(z, *(broadcast(a, z) for a in self.schedule.alpha_sigma(self.schedule(t))))
+        if self.on_pass is not None:
+            self.on_pass(self.network, len(z))
         return networks.call(self.network, scaled, self.schedule.timestep(t), condition).to(z.dtype)
 
     @property

@@ -7,10 +7,12 @@ that the heads of a block fuse into one.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -75,7 +77,7 @@ class Heads:
 
     def to_x(self, output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x_hat of the head that starts nearest to this time."""
-        start = self._u[:-1].to(z.device, sigma.dtype)
+        start = table(sigma.dtype, self._u, z.device)[:-1]
         nearest = (sigma.reshape(-1, 1) / (alpha + sigma).reshape(-1, 1) - start).abs().argmin(1)
         return self.inner.to_x(self.mix(output, nearest[:, None] == self._numbers(z)), z, alpha, sigma)
 
@@ -88,7 +90,7 @@ class Heads:
         """Of heads start, ..., stop - 1 (B,) in their mean: (B, K), float64, summing to 1; zeros for an empty block."""
         number = self._numbers(start)
         within = (number >= start[:, None]) & (number < stop[:, None])
-        share = torch.where(within, self._shares.to(start.device), 0.0)
+        share = torch.where(within, table(torch.float64, self._shares, start.device), 0.0)
         share = torch.where(share.isinf().any(1, keepdim=True), share.isinf().double(), share)
         return share / share.sum(1, keepdim=True).clamp(min=1e-300)
 
@@ -97,16 +99,27 @@ class Heads:
         return torch.arange(len(self.ratios), device=like.device)[None]
 
     @cached_property
-    def _u(self) -> Tensor:
-        """sigma / (alpha + sigma) where the intervals start, and 0 at the end: (K + 1,), float64."""
-        return torch.tensor([1 / (1 + ratio) for ratio in self.ratios] + [0.0], dtype=torch.float64)
+    def _u(self) -> tuple[float, ...]:
+        """sigma / (alpha + sigma) where the intervals start, and 0 at the end: K + 1 numbers."""
+        return (*(1 / (1 + ratio) for ratio in self.ratios), 0.0)
 
     @cached_property
-    def _shares(self) -> Tensor:
-        """How far each interval goes in what is averaged: (K,), float64."""
-        if self.mean == "velocity":
-            return -self._u.diff()
-        return torch.tensor([*self.ratios, math.inf], dtype=torch.float64).diff()
+    def _shares(self) -> tuple[float, ...]:
+        """How far each interval goes in what is averaged: K numbers."""
+        edges = [-u for u in self._u] if self.mean == "velocity" else [*self.ratios, math.inf]
+        return tuple(b - a for a, b in pairwise(edges))
+
+
+def table(dtype: torch.dtype, values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(K,), made once for each device: a training step must not wait for a copy. A graph that is traced has its own."""
+    make = _table.__wrapped__ if torch.compiler.is_compiling() else _table
+    return make(dtype, values, device)
+
+
+@functools.lru_cache(64)
+def _table(dtype: torch.dtype, values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64).to(device, dtype)
 
 
 def blocks(heads: Heads, num_steps: int) -> Tensor:

@@ -94,9 +94,11 @@ def x_along(
     weighted_x, weight = torch.zeros_like(z_t), torch.zeros_like(route.points[0], dtype=torch.float64)
     z = z_t
     before: tuple[Tensor, Tensor] | None = None  # prediction and log-SNR of the step before
-    for i, next_i in pairwise(route.points):
-        # The coefficients are differences of nearly equal numbers: (B,) of them, in float64.
-        logsnr, next_logsnr = (logsnr_on_grid(schedule, k.double(), route.grid) for k in (i, next_i))
+    # The coefficients are differences of nearly equal numbers: (B,) of them, in float64.
+    logsnrs = [logsnr_on_grid(schedule, k.double(), route.grid) for k in route.points]
+    scales = [schedule.alpha_sigma(logsnr) for logsnr in logsnrs]
+    for k, (i, next_i) in enumerate(pairwise(route.points)):
+        logsnr, next_logsnr = logsnrs[k : k + 2]
         predicted = x_hat = teacher(z, (i.clamp(min=1).double() / route.grid).to(route.dtype), condition)
         if order == 2 and before is not None:
             x_hat = extrapolated(predicted, before[0], (before[1], logsnr, next_logsnr))
@@ -104,13 +106,13 @@ def x_along(
             v = variance(predicted, logsnr)
             x_hat = with_variance(predicted, z, (logsnr, next_logsnr), v, schedule.alpha_sigma)
         before = predicted, logsnr
-        alpha, sigma = schedule.alpha_sigma(logsnr)
-        next_alpha, next_sigma = schedule.alpha_sigma(next_logsnr)
+        (alpha, sigma), (next_alpha, next_sigma) = scales[k : k + 2]
         r = torch.where(next_i < i, next_sigma / sigma, 1.0)
         c = next_alpha - r * alpha
         weighted_x = broadcast(r, z_t) * weighted_x + broadcast(c, z_t) * x_hat
         weight = r * weight + c
-        z = broadcast(r, z_t) * z + broadcast(c, z_t) * x_hat  # `ddim_step`
+        if k + 2 < len(route.points):  # nobody looks at the last state
+            z = broadcast(r, z_t) * z + broadcast(c, z_t) * x_hat  # `ddim_step`
     return weighted_x / broadcast(weight, z_t)
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from pdistill import __version__
+from pdistill.training.settings import Execution
 
 COMMANDS = {
     "train": "train a teacher",
@@ -60,7 +61,8 @@ def of_command(command: str, subcommand: bool) -> str:
 
 def _keys(settings: type, prefix: str, groups: set[str]) -> list[str]:
     lines, docs = [], field_docs(settings)
-    for field in dataclasses.fields(settings):
+    last = {field.name for field in dataclasses.fields(Execution)}
+    for field in sorted(dataclasses.fields(settings), key=lambda field: field.name in last):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(default):
             lines += _keys(type(default), f"{prefix}{field.name}.", groups)

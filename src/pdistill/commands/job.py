@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from pdistill.metrics.fid import FID
 from pdistill.training.fit import quietly, start_processes
 from pdistill.training.logger import closing
 from pdistill.training.module import Recipe
-from pdistill.training.settings import Optimization
+from pdistill.training.settings import Execution, Optimization
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Job:
             seed=self.settings.seed,
             label_dropout=self.settings.label_dropout,
             lora_rank=self.settings.lora.rank if isinstance(self.settings, Distill) else None,
+            execution=Execution(**{f.name: getattr(self.settings, f.name) for f in fields(Execution)}),
         )
 
 

@@ -21,6 +21,7 @@ from pdistill.method import check_sampler, sampler_taught
 from pdistill.sampling import DDIM, sampler_of
 from pdistill.schedule import DiscreteBetaSchedule
 from pdistill.steps import Stage
+from pdistill.training import execution
 from pdistill.training.fit import accumulated_batches
 from pdistill.training.settings import Optimization
 
@@ -64,6 +65,7 @@ def planned(settings: Distill) -> Plan:
     converts = given is not None and given.architecture["parameterization"] != template.architecture["parameterization"]
     guides = _guides(settings, given or template)
     _check_text_to_image(settings, method, template)
+    execution.check(settings, template.network)
     if settings.lora.rank is not None:
         lora.check(settings.lora.rank, template.network)
         if any(stage.counts for stage in stages):

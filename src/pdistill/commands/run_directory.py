@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pdistill import __version__
 from pdistill.commands.identity import digest_of_denoiser, is_imported
+from pdistill.commands.settings import conf
 from pdistill.errors import UserError
 from pdistill.files import read_json, whole, write_json
 from pdistill.processes import is_main
@@ -137,6 +139,7 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
             f"resume: finish it with that version, choose another name=..., or overwrite=true to start again"
         )
     ours, theirs = (flat(c) for c in (cfg, config_of(directory)))
+    theirs = {k: v for k, v in _defaults(cfg).items() if k in ours} | theirs
     keys = ours.keys() | theirs.keys() if facts["version"] == __version__ else ours.keys() & theirs.keys()
     differing = [
         f"{k}: {ours.get(k, 'absent')}, was {theirs.get(k, 'absent')}"
@@ -161,6 +164,20 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
         except Exception:  # moved or deleted: the finished run does not need it
             return
         check_data(directory, data.fingerprint)
+
+
+def _defaults(cfg: DictConfig) -> dict[str, str]:
+    """The defaults of all keys, as dotted keys: what a run did without the keys that are younger than it is."""
+    kind, keys = OmegaConf.get_type(cfg), {}
+    if is_dataclass(kind):
+        section: Any = OmegaConf.to_container(OmegaConf.structured(kind), enum_to_str=True)
+        keys = choices.flat(section)
+    for group, choice in HydraConfig.get().runtime.choices.items() if HydraConfig.initialized() else ():
+        file = conf() / group / f"{choice}.yaml"
+        if group in NAMED_GROUPS and file.exists():
+            node: Any = OmegaConf.to_container(OmegaConf.load(file))
+            keys |= choices.flat(node, f"{group}.")
+    return keys
 
 
 def check_data(directory: Path, fingerprint: str) -> None:

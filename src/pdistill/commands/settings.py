@@ -18,7 +18,7 @@ from pdistill.checks import number, whole
 from pdistill.commands import launching  # noqa: F401  # its resolver is conf/trainer/slurm.yaml's
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
-from pdistill.training.settings import Conversion, Distillation, Guiding, Lora, Steps, Training
+from pdistill.training.settings import Conversion, Distillation, Execution, Guiding, Lora, Steps, Training
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # weights, noise and losses are float32 throughout
 
@@ -34,7 +34,7 @@ def check_trainer(trainer: dict[str, Any]) -> None:
 
 
 @dataclass
-class Train:
+class Train(Execution):
     """Settings of a run that trains a teacher."""
 
     name: str = "${run_name:}"
@@ -78,6 +78,7 @@ class Train:
     distillation: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("seed", self.seed, 0)
         whole("num_workers", self.num_workers, 0)
         whole("checkpoint_every_n_updates", self.checkpoint_every_n_updates, 1)

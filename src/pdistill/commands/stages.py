@@ -30,6 +30,7 @@ from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, GUIDED, Stage
+from pdistill.training import execution
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.film import film_of
@@ -51,6 +52,7 @@ def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
     teacher = new_denoiser(settings, data)
     check_stable(settings, teacher, floor=-torch.inf)
     check_batches(settings, [settings.training])
+    execution.check(settings, teacher.network)
     num_steps = settings.steps.plan[0]
     with opened(settings, cfg, directory, data) as job:
         _train_teacher(job, teacher)

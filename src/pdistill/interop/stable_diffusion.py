@@ -134,7 +134,8 @@ class Codec:
             self._remembered = {}
         if new := [prompt for prompt in wanted if prompt not in self._remembered]:
             self._remembered |= dict(zip(new, self.embed(new, device).cpu(), strict=True))
-        return {"encoder_hidden_states": torch.stack([self._remembered[prompt] for prompt in prompts]).to(device)}
+        states = torch.stack([self._remembered[prompt] for prompt in prompts])
+        return {"encoder_hidden_states": states.to(device, non_blocking=True)}  # a training step must not wait
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
-from pdistill.heads import Mean, grown
+from pdistill.heads import Mean, grown, table
 from pdistill.parameterization import broadcast
 from pdistill.sampling import Condition, ddim_step, noised
 from pdistill.schedule import logsnr_on_grid
@@ -85,7 +85,8 @@ class ParallelDecoding:
     def _draw(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first head of a block and one of its heads, (B,) each: first a step count, then one of its blocks."""
         draw = torch.rand(4, len(x), device=x.device, dtype=torch.float64)
-        count = torch.tensor(stage.counts, device=x.device)[(draw[0] * len(stage.counts)).long()]
+        counts = table(torch.int64, stage.counts, x.device)
+        count = counts[(draw[0] * len(stage.counts)).long()]
         length = stage.grid // count
         start = (draw[1] * count).long() * length
         return start, start + torch.where(draw[2] < self.last, length - 1, (draw[3] * length).long())

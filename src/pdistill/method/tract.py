@@ -47,10 +47,10 @@ class Tract(nn.Module):
         if self.self_teacher is None:
             self.self_teacher = copy.deepcopy(student).requires_grad_(False).eval()
         share = (1 - self.decay) / (1 - self.decay ** (done + 1))
-        for mine, its in zip(self.self_teacher.parameters(), student.parameters(), strict=True):
-            mine.lerp_(its, share)
-        for mine, its in zip(self.self_teacher.buffers(), student.buffers(), strict=True):
-            mine.copy_(its)
+        mine, its = (tuple(denoiser.parameters()) for denoiser in (self.self_teacher, student))
+        torch._foreach_lerp_(mine, its, share)
+        for kept, value in zip(self.self_teacher.buffers(), student.buffers(), strict=True):
+            kept.copy_(value)
 
     def losses(
         self,

@@ -22,6 +22,11 @@ NO_DIFFERENCE = (  # keys and groups that say where a run is, or who watches, an
     "checkpoint_every_n_updates",
     "samples_every_n_updates",
     "max_batch_per_device",
+    "compile",
+    "compile_mode",
+    "channels_last",
+    "gradient_checkpointing",
+    "matmul_precision",
     "allow_unstable",
     "dataset.cache",
 )

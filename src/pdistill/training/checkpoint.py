@@ -13,7 +13,9 @@ from lightning.fabric.plugins import CheckpointIO
 from pdistill import __version__, processes
 from pdistill.errors import UserError, first_line
 from pdistill.files import whole
+from pdistill.training.settings import Execution
 
+ROUNDING = {key: str(getattr(Execution(), key)) for key in ("compile", "channels_last", "matmul_precision")}
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
 
 
@@ -115,7 +117,7 @@ class Batching(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes how this run makes its updates."""
-        checkpoint["pdistill"] = {"version": __version__, "batching": batching(trainer)}
+        checkpoint["pdistill"] = {"version": __version__, "batching": batching(trainer, pl_module)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the counts right. Raises UserError for a checkpoint of 0.1.0, whose random keys were others."""
@@ -129,22 +131,23 @@ class Batching(Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts |= dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}
-        if processes.is_main() and (line := _changes(noted["batching"], batching(trainer))):
+        if processes.is_main() and (line := _changes(noted["batching"], batching(trainer, pl_module))):
             print(line, file=sys.stderr)
 
 
-def batching(trainer: Trainer) -> dict[str, int | str]:
+def batching(trainer: Trainer, module: Any) -> dict[str, int | str]:
     """What decides how the noise of an update is drawn and rounded, beside its seed."""
     return {
         "accelerator": trainer.strategy.root_device.type,
         "devices": trainer.world_size,
         "accumulated batches": trainer.accumulate_grad_batches,
         "precision": str(trainer.precision),
-    }
+    } | {key: str(getattr(module.recipe.execution, key)) for key in ROUNDING}
 
 
 def _changes(before: Mapping[str, int | str], now: Mapping[str, int | str]) -> str:
-    changes = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    before = {**ROUNDING, **before}  # of versions without these keys
+    changes = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
     if not changes:
         return ""
     return (

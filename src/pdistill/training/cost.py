@@ -20,17 +20,18 @@ class PassCount:
     def __init__(self, module: Any) -> None:
         self.images, self.on = 0, True
         self.trained = module.denoiser.network
-        networks = {part.network for part in module.modules() if isinstance(part, Denoiser)}
-        self.hooks = [network.register_forward_pre_hook(self._count) for network in networks]
+        self.denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
+        for denoiser in self.denoisers:  # no hooks of networks, which would be compiled with them
+            denoiser.on_pass = self._count
 
-    def _count(self, network: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _count(self, network: nn.Module, images: int) -> None:
         if self.on:
-            self.images += len(arguments[0]) * (3 if network is self.trained and torch.is_grad_enabled() else 1)
+            self.images += images * (3 if network is self.trained and torch.is_grad_enabled() else 1)
 
     def close(self) -> None:
         """Counts no more."""
-        for hook in self.hooks:
-            hook.remove()
+        for denoiser in self.denoisers:
+            denoiser.on_pass = None
 
 
 class Cost(Callback):
@@ -62,7 +63,7 @@ class Cost(Callback):
         self.passes.on = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves no hooks on networks that somebody may go on with, and copy."""
+        """Leaves nothing on denoisers that somebody may go on with, and copy."""
         if hasattr(self, "passes"):
             self.passes.close()
 

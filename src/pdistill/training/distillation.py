@@ -11,6 +11,7 @@ from pdistill.method import BeforeUpdate, Begins, Method, check_sampler, sampler
 from pdistill.method.halving import Halving
 from pdistill.optimizer import annealing
 from pdistill.steps import Stage
+from pdistill.training import execution
 from pdistill.training.module import DenoisingModule, Recipe
 from pdistill.weighting import with_loss
 
@@ -47,7 +48,7 @@ class DistillationModule(DenoisingModule):
         settings = recipe.settings
         super().__init__(student, recipe, stage.index, annealing(settings, stage.updates), stage.updates)
         self.weighting = with_loss(recipe.weighting, settings.loss, settings.huber_c)
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = execution.arrange(teacher, recipe.execution).requires_grad_(False).eval()
         self.stage = stage
         self.method = copy.deepcopy(method)
         self.prepared: int | None = None  # the update that the method was told of

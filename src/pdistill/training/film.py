@@ -14,6 +14,7 @@ from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import write_json
+from pdistill.training import execution
 from pdistill.training.callbacks import PerUpdate, TrainingLog
 from pdistill.training.cost import Cost
 from pdistill.training.logger import log_picture
@@ -69,7 +70,8 @@ class WhileTraining(PerUpdate):
             return
         start, denoiser = time.perf_counter(), pl_module.result
         training = denoiser.training
-        self.look(trainer, denoiser.eval(), update, file)
+        with execution.paused(pl_module.recipe.execution):
+            self.look(trainer, denoiser.eval(), update, file)
         denoiser.train(training)
         seconds = time.perf_counter() - start
         for callback in trainer.callbacks:  # whose seconds are of training

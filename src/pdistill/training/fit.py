@@ -16,7 +16,7 @@ from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import write_json
-from pdistill.training import checkpoint
+from pdistill.training import checkpoint, execution
 from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
 from pdistill.training.cost import Cost
 from pdistill.training.data import ImageDataModule
@@ -90,7 +90,8 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
             directory.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_partial(directory)
         resumes = checkpoint.there_is_one(directory)
-        trainer.fit(module, data, ckpt_path=str(path) if resumes else None, weights_only=True)
+        with execution.running(module, mixed="mixed" in str(trainer.precision)):
+            trainer.fit(module, data, ckpt_path=str(path) if resumes else None, weights_only=True)
     choice = choose_ema(module, settings, trainer.strategy.root_device) if len(module.emas) > 1 else None
     if processes.is_main():
         if choice is not None:

@@ -3,7 +3,7 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,8 @@ from pdistill.network import set_dropout
 from pdistill.optimizer import Factor, adamw
 from pdistill.randomness import seed_global_generator
 from pdistill.sampling import Condition
-from pdistill.training.settings import Optimization
+from pdistill.training import execution
+from pdistill.training.settings import Execution, Optimization
 from pdistill.weighting import weighted_loss
 
 __all__ = ["DenoisingModule", "Recipe", "weighted_loss"]
@@ -40,6 +41,8 @@ class Recipe:
     """Share of labels, or prompts, hidden from a network that knows what none means."""
     lora_rank: int | None = None
     """Of a student's adapters, which alone are trained; None: the whole network is."""
+    execution: Execution = field(default_factory=Execution)
+    """How the networks are run, which changes no name and no meaning."""
 
 
 class DenoisingModule(LightningModule):
@@ -53,7 +56,7 @@ class DenoisingModule(LightningModule):
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor, updates: int) -> None:
         super().__init__()
-        self.denoiser = lora.freeze_the_others(denoiser).train()
+        self.denoiser = lora.freeze_the_others(execution.arrange(denoiser, recipe.execution)).train()
         self.recipe = recipe
         self.stage_index = stage
         self.lr_factor = lr_factor
@@ -114,6 +117,9 @@ class DenoisingModule(LightningModule):
         seed_global_generator(self.device, "training", *key)
         losses, logsnr = self.losses(batch)
         return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": logsnr.detach()}
+
+    def on_train_start(self) -> None:
+        execution.align(cast("torch.optim.Optimizer", self.optimizers(use_pl_optimizer=False)))
 
     def on_fit_start(self) -> None:
         weights = tuple(self.denoiser.parameters())  # listed once: walking the modules takes a millisecond

@@ -9,7 +9,31 @@ from pdistill.checks import number, whole
 from pdistill.errors import UserError
 
 SCHEDULES = ("linear", "constant")  # of the learning rate in a stage: `pdistill.optimizer.annealing`
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")  # of torch.compile
+MATMUL_PRECISIONS = ("default", "highest", "high", "medium")
 LOSSES = ("squared", "l2", "pseudo_huber")  # `pdistill.weighting.DISTANCES`
+
+
+@dataclass(kw_only=True)
+class Execution:
+    """How networks are run while they are trained. It decides the speed, and the rounding, and nothing else."""
+
+    compile: bool = False
+    """Compile student and teacher with torch.compile: a minute or more before each stage, then faster updates."""
+    compile_mode: str = "default"
+    """default, reduce-overhead (CUDA graphs), max-autotune-no-cudagraphs or max-autotune."""
+    channels_last: bool = False
+    """Keep weights, and with them activations, with their channels last."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, the same losses."""
+    matmul_precision: str = "default"
+    """Of float32 on GPUs: highest, high (TF32) or medium; default: torch's, TF32 in convolutions alone."""
+
+    def __post_init__(self) -> None:
+        _one_of("compile_mode", self.compile_mode, COMPILE_MODES)
+        _one_of("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        if self.compile_mode != "default" and not self.compile:
+            raise UserError(f"compile_mode={self.compile_mode} is of compiled networks: add compile=true")
 
 
 @dataclass
