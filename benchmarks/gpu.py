@@ -189,7 +189,8 @@ class Call:
         where it failed.
         """
         grace = min(GRACE, self.left / 4)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         file = self.work / f"{script}.log"
         with file.open("w", encoding="utf-8") as log:
             command = [sys.executable, str(ROOT / f"{script}.py"), *words]
