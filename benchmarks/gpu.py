@@ -189,8 +189,10 @@ class Call:
         where it failed.
         """
         grace = min(GRACE, self.left / 4)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         file = self.work / f"{script}.log"
+        print(f"{script}.py shows its progress in {file}", flush=True)
         with file.open("w", encoding="utf-8") as log:
             command = [sys.executable, str(ROOT / f"{script}.py"), *words]
             process = subprocess.Popen(command, stderr=log, env=environment, process_group=0)

@@ -17,6 +17,7 @@ Items = dict[str, dict[str, Any]]
 
 # Mean over all updates of |loss - loss of float32| / loss of float32.
 TOLERANCES = {"float32-again": 1e-3, "compile": 1e-3, "ddp": 1e-3, "bf16": 3e-2}
+ORDER = ("float32", "tf32", "bf16")
 FIRST = 10  # updates, before differences have grown
 
 
@@ -104,7 +105,14 @@ def page(items: Items, rehearsed: bool) -> str:
 def _of(items: Items, group: str) -> dict[str, Any]:
     """Name without its group -> result, of what was measured."""
     found = {name.removeprefix(f"{group}/"): item for name, item in items.items() if name.startswith(f"{group}/")}
-    return {name: item["result"] for name, item in found.items() if "result" in item}
+    return {name: found[name]["result"] for name in sorted(found, key=_place) if "result" in found[name]}
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """By batch size, precision, and how much more is done."""
+    batch, _, how = name.rpartition("/")
+    precision = how.partition("-")[0]
+    return int(batch or 0), ORDER.index(precision) if precision in ORDER else len(ORDER), len(how)
 
 
 def _speed(items: Items) -> list[str]:

@@ -162,7 +162,7 @@ class Bench:
             student.num_steps = steps
             with tempfile.TemporaryDirectory() as folder:
                 student.save(Path(folder, "student"), grid=steps)
-                pipeline: Any = DiffusionPipeline.from_pretrained(str(Path(folder, "student")))
+                pipeline: Any = DiffusionPipeline.from_pretrained(f"{folder}/student", low_cpu_mem_usage=False)
             pipeline.to(device).set_progress_bar_config(disable=True)
             student.to(device)
             for network in (student.network, pipeline.unet):

@@ -127,7 +127,7 @@ def test_the_whole_rehearsal_in_several_calls(tmp_path):
     """Every item, the training stopped at the limit and gone on with, by the command itself."""
     data = archive(tmp_path / "images.tar.xz")
     words = ["--rehearse", "--data", str(data), "--output", "out", "--work", "work", "--samples", "80"]
-    words += ["--plan", "4", "2", "1", "--train", "training.updates=300", "checkpoint_every_n_updates=50"]
+    words += ["--plan", "4", "2", "1", "--train", "training.updates=3000", "checkpoint_every_n_updates=100"]
     words += ["--evaluate", "metrics.extractor.max_updates=5", "bootstrap=0"]
     environment = os.environ | {"PDISTILL_CACHE": str(tmp_path / "cache")}
 
@@ -145,7 +145,7 @@ def test_the_whole_rehearsal_in_several_calls(tmp_path):
     assert not [name for name, item in found.items() if "error" in item]
     assert "quality/training: stopped at the limit" in "".join(calls)
     summary = found["quality/training"]["result"]["summary"]
-    assert [row["num_steps"] for row in summary] == [4, 2, 1] and summary[0]["updates"] == 300
+    assert [row["num_steps"] for row in summary] == [4, 2, 1] and summary[0]["updates"] == 3000
     labels = {
         (row["provenance"]["label"], row["provenance"]["num_steps"])
         for row in found["quality/fid-classifier"]["result"]["rows"]
