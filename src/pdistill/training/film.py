@@ -16,6 +16,7 @@ from pdistill.errors import UserError
 from pdistill.files import write_json
 from pdistill.training.callbacks import PerUpdate, TrainingLog
 from pdistill.training.cost import Cost
+from pdistill.training.devices import whole
 from pdistill.training.logger import log_picture
 
 FILM = "film"  # a stage's directory of what was seen while it trained, and the name of its frames in loggers
@@ -69,7 +70,7 @@ class WhileTraining(PerUpdate):
             return
         start, denoiser = time.perf_counter(), pl_module.result
         training = denoiser.training
-        self.look(trainer, denoiser.eval(), update, file)
+        self.look(trainer, whole(trainer, denoiser).eval(), update, file)
         denoiser.train(training)
         seconds = time.perf_counter() - start
         for callback in trainer.callbacks:  # whose seconds are of training
