@@ -22,7 +22,7 @@ Callback = Callable[[int, Tensor, Tensor], None]  # (i, z, x_hat) at t = i / num
 
 
 def noised(x: Tensor, logsnr: Tensor, alpha_sigma: AlphaSigma = variance_preserving) -> Tensor:
-    """z_t = alpha x + sigma eps, with the noise of a training batch (`randomness.normal`). Images (B, C, H, W), logsnr (B,)."""
+    """z_t = alpha x + sigma eps, with noise from `randomness.normal`. Images (B, C, H, W), logsnr (B,)."""
     alpha, sigma = alpha_sigma(logsnr)
     return broadcast(alpha, x) * x + broadcast(sigma, x) * normal(x)
 

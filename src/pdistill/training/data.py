@@ -15,7 +15,8 @@ from pdistill.dataset.batches import to_float
 class ImageDataModule(LightningDataModule):
     """Feeds `data` to one stage. `batch_size` is of an update: it is divided among devices and accumulated batches.
 
-    The images of an update are the same for any number of either, and so is their noise. A resumed stage goes on where its checkpoint stands.
+    The images of an update, and their noise, are the same for any number of either. A resumed stage goes on where its
+    checkpoint stands.
     """
 
     def __init__(self, data: ImageSet, batch_size: int, seed: int, stage: int, num_workers: int = 0) -> None:

@@ -16,9 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pdistill import processes
 from pdistill.denoiser import Denoiser
-from pdistill.errors import UserError
 
 SHARDED = "fsdp2"
 SMALLEST_SHARE = 0.01  # of a network's weights; smaller blocks are gathered with what is around them
@@ -32,7 +30,8 @@ class Replicated(DDPStrategy):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"gradient_as_bucket_view": True, "broadcast_buffers": False} | options)
+        ours: dict[str, Any] = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        super().__init__(**ours | options)
 
     def configure_ddp(self) -> None:
         """Sends what is not trained once, and leaves it out of DDP."""
@@ -78,9 +77,9 @@ class Sharded(DDPStrategy):
         kept = {k: v for k, v in module.state_dict().items() if not k.startswith(module.left_out)}
         return self._for_main(kept)
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Whole tensors, on the main process; all must call it."""
-        state = super().optimizer_state(optimizer)
+        state: dict[str, Any] = dict(super().optimizer_state(optimizer))
         kept = {k: self._for_main(v) for k, v in state["state"].items()}
         return state | {"state": kept}
 

@@ -47,8 +47,9 @@ class DenoisingModule(LightningModule):
 
     A subclass gives `losses(batch) -> (losses (B,), logsnr (B,))`. A step's randomness is a function of
     (seed, stage, update): see `randomness.drawing`. A batch is a dict of `image` (B, C, H, W) in [-1, 1], `step`, the
-    update's, `part` where an update takes several batches, and `label` (B,) or `condition`. `lr_factor` maps the updates done to a factor on
-    the learning rate; `updates`, of the whole training, is what automatic decays of EMAs follow from.
+    update's, `part` where an update takes several batches, and `label` (B,) or `condition`. `lr_factor` maps the
+    updates done to a factor on the learning rate; `updates`, of the whole training, is what automatic decays of EMAs
+    follow from.
     """
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor, updates: int) -> None:
