@@ -12,7 +12,8 @@ update with gradients three).
 Every student of 8, 4, 2 and 1 steps is measured by the features of a classifier of another seed and width than that of
 `metrics=classifier`, beside its teacher's DDIM of many steps from the same noise. Runs come one at a time and in
 processes of their own. Whatever is finished is not done again, so that the same command goes on after a stop; results
-stand in <output>/results.json and results.md after every run.
+stand in <output>/results.json and results.md after every run. results.json is enough to go on from: on another machine,
+with the same teacher, what is in it is not run again.
 """
 
 import argparse
@@ -94,19 +95,21 @@ class Study:
             found[key] = value
         return found | {"seed": str(seed), "output_root": str(self.runs), "name": f"{_plain(name)}-seed-{seed}"}
 
-    def finished(self, name: str, seed: int) -> Path | None:
+    def words(self, name: str, seed: int) -> list[str]:
+        """The overrides of one run."""
+        return affordable(self.overrides(name, seed), self.budget)
+
+    def finished(self, name: str, seed: int, words: list[str]) -> Path | None:
         """The directory of one run, when it is there and finished; None if the run failed.
 
         Raises UserError where another run lies there.
         """
-        overrides = self.overrides(name, seed)
-        directory = self.runs / overrides["name"]
+        directory = self.runs / self.overrides(name, seed)["name"]
         if not (directory / "summary.json").exists():
-            words = affordable(overrides, self.budget)
-            print(f"\n{overrides['name']}: distill.py {' '.join(words)}", flush=True)
+            print(f"\n{directory.name}: distill.py {' '.join(words)}", flush=True)
             if exit_status([sys.executable, str(DISTILL), *words]) != 0:
                 return None
-        elif affordable(overrides, self.budget) != read_json(directory / "run.json")["overrides"]:
+        elif words != read_json(directory / "run.json")["overrides"]:
             raise UserError(f"{directory} is a run of another row, budget or teacher: choose another --output")
         return directory
 
@@ -123,6 +126,11 @@ def exit_status(command: list[str]) -> int:
     if status in STOPPED:
         raise KeyboardInterrupt
     return status
+
+
+def portable(words: Sequence[str]) -> list[str]:
+    """Of a run's overrides those that would be the same on another machine."""
+    return [word for word in words if word.partition("=")[0] not in ("teacher", "start", "output_root")]
 
 
 def _plain(name: str) -> str:
@@ -248,10 +256,21 @@ class Results:
     def __init__(self, output: Path, measurement: Measurement) -> None:
         self.output, self.measurement = output, measurement
         self.fid = metric_name("fid", measurement.extractor)
-        found = read_json(output / "results.json", {})
-        if found.get("made_with") != measurement.made_with:
+        found = read_json(output / "results.json", None)
+        if found is None:
             found = {"made_with": measurement.made_with, "halves": measurement.of_halves(), "teachers": {}, "rows": []}
+        differing = [key for key, value in measurement.made_with.items() if found["made_with"].get(key) != value]
+        if differing:
+            raise UserError(f"{output / 'results.json'} has another {', '.join(differing)}: choose another --output")
         self.found = found
+
+    def known(self, name: str, seed: int, words: list[str]) -> bool:
+        """Whether the run of these overrides is measured, wherever that was done. Raises UserError for other ones."""
+        of_run = [row for row in self.found["rows"] if (row["name"], row["seed"]) == (name, seed)]
+        if any(row["overrides"] != portable(words) for row in of_run):
+            file = self.output / "results.json"
+            raise UserError(f"{file} has a run of another row or budget as {name!r}: choose another --output")
+        return bool(of_run)
 
     def teacher(self, seed: int) -> dict[str, Any]:
         """What the teacher's own images measure, from this seed's noise."""
@@ -261,21 +280,19 @@ class Results:
         return self.found["teachers"][str(seed)]
 
     def add(self, name: str, seed: int, run: Path, counts: Sequence[int]) -> None:
-        """Measures the students of a run that are not measured yet, and writes the tables."""
-        stages = [row for row in read_json(run / "summary.json") if row["stage"] != "teacher"]
+        """Measures the students of a run, at these step counts, and writes the tables."""
+        overrides = portable(read_json(run / "run.json")["overrides"])
+        stages, rows = [row for row in read_json(run / "summary.json") if row["stage"] != "teacher"], []
         cost = {k: _sum([row.get(k, 0) for row in stages]) for k in ("network_passes", "training_seconds")}
         for row in stages:
             if row["stage"] != f"steps-{row['num_steps']:04d}" or row["num_steps"] not in counts:
                 continue
             denoiser = Denoiser.load(run / row["denoiser"])
-            made = {"name": name, "seed": seed, "num_steps": row["num_steps"]}
-            fingerprint = {"denoiser_fingerprint": denoiser.fingerprint}
-            if any((made | fingerprint).items() <= old.items() for old in self.found["rows"]):
-                continue
+            made = {"name": name, "seed": seed, "num_steps": row["num_steps"], "overrides": overrides}
             measured = self.measurement.of_student(denoiser, row["num_steps"], seed)
             measured["ratio"] = measured[self.fid] / self.teacher(seed)[self.fid]
-            self.found["rows"] = [old for old in self.found["rows"] if not made.items() <= old.items()]
-            self.found["rows"].append(made | fingerprint | measured | cost)
+            rows.append(made | {"denoiser_fingerprint": denoiser.fingerprint} | measured | cost)
+        self.found["rows"] += rows
         self.write()
 
     def write(self) -> None:
@@ -323,7 +340,10 @@ def run(study: Study, seeds: Sequence[int], counts: Sequence[int], measurement: 
     results, failed = Results(study.output, measurement), []
     for seed in seeds:
         for name in study.rows:
-            directory = study.finished(name, seed)
+            words = study.words(name, seed)
+            if results.known(name, seed, words):
+                continue
+            directory = study.finished(name, seed, words)
             if directory is None:
                 failed.append(f"{name}-seed-{seed}")
             else:

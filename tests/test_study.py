@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,13 @@ def test_a_study_and_its_second_call(study, arguments, monkeypatch, capfd):
     assert {path: path.stat().st_mtime_ns for path in Path("study/runs").rglob("*")} == before
     assert json.loads(Path("study/results.json").read_text()) == found
     capfd.readouterr()
-    with pytest.raises(SystemExit, match=r"error: study/runs/.* is a run of another row, budget or teacher"):
+    with pytest.raises(SystemExit, match=r"error: study/results.json has a run of another row or budget as 'halved"):
         study.main([*arguments, "--budget", "40"])
+    shutil.rmtree("study/runs")  # another machine, to which the results were taken
+    study.main(arguments)
+    assert not os.path.exists("study/runs") and "| halved twice | 3 |" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: study/results.json has another num_samples"):
+        study.main([*arguments, "--samples", "30"])
 
 
 def test_what_a_study_refuses(study, arguments):

@@ -8,9 +8,13 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has kept what it had. Not for `except Exception` to catch."""
+    """The run was asked to stop, by `signal`, and has kept what it had. Not for `except Exception` to catch."""
 
     exit_code = 130
+
+    def __init__(self, message: str = "", signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

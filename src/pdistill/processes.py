@@ -5,6 +5,7 @@ not at all. Before torch.distributed is initialised the launcher's environment s
 """
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdistill.errors import UserError, first_line
@@ -14,6 +15,56 @@ if TYPE_CHECKING:
 
 # Of torchrun, Slurm, Open MPI, other MPIs, and IBM's LSF.
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The processes that a launcher started together."""
+
+    by: str
+    nodes: int
+    processes: int
+    """On all nodes."""
+
+
+def launched() -> Launched | None:
+    """What started this process and its like; None where nothing did, and Lightning starts those of one machine.
+
+    A batch script of Slurm is no such process: srun starts them.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        world = _number("WORLD_SIZE") or 1
+        return Launched("torchrun", max(1, world // (_number("LOCAL_WORLD_SIZE") or world)), world)
+    if _number("SLURM_PROCID") is not None and _number("SLURM_NTASKS") and not in_batch_script():
+        nodes = _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
+        return Launched("srun", nodes, _number("SLURM_STEP_NUM_TASKS") or _number("SLURM_NTASKS") or 1)
+    if world := _number("OMPI_COMM_WORLD_SIZE") or _number("PMI_SIZE"):
+        here = _number("OMPI_COMM_WORLD_LOCAL_SIZE") or _number("MPI_LOCALNRANKS") or world
+        return Launched("mpirun", max(1, world // here), world)
+    return None
+
+
+def in_batch_script() -> bool:
+    """Whether Slurm started this process as, or from, a batch script, and srun did not."""
+    return (
+        os.environ.get("ENVIRONMENT") == "BATCH" and "SLURM_JOB_ID" in os.environ and _number("SLURM_STEP_ID") is None
+    )
+
+
+def in_allocation() -> bool:
+    """Whether Slurm has counted tasks that nothing has started yet: Lightning would wait for them."""
+    waits = os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")  # Lightning's rule
+    return waits and "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" not in os.environ
+
+
+def is_started_by_hand() -> bool:
+    """Whether a user started this process on one of several nodes, as Lightning's documentation says."""
+    return "NODE_RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else None
 
 
 def _distributed() -> Any:
@@ -30,9 +81,8 @@ def rank() -> int:
     """0 for the main process. Among those that Lightning starts, before they have met, 1 stands for any other."""
     if distributed := _distributed():
         return distributed.get_rank()
-    for variable in RANK_VARIABLES:
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
+    if of_launcher := next((n for n in map(_number, RANK_VARIABLES) if n is not None), 0):
+        return of_launcher
     return int(os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0")
 
 
@@ -40,6 +90,21 @@ def world_size() -> int:
     """How many processes work together; 1 before they have met."""
     distributed = _distributed()
     return distributed.get_world_size() if distributed else 1
+
+
+_followers: list[Any] = []
+
+
+def remember_started(launcher: Any) -> None:
+    """Of Lightning's launcher: the processes that it started for further devices, which stop when this one does."""
+    _followers.extend(getattr(launcher, "procs", []))
+
+
+def pass_on(number: int) -> None:
+    """Sends a signal to the processes that this one started."""
+    for process in _followers:
+        if process.poll() is None:
+            process.send_signal(number)
 
 
 def is_main() -> bool:

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +23,7 @@ from pdistill.commands import jobs
 from pdistill.commands.complaints import USER_ERRORS, cause_of, one_line
 from pdistill.commands.settings import conf
 from pdistill.commands.steps_key import steps_is_a_key
+from pdistill.commands.stopping import end_on_signals, requeued, what_remains
 from pdistill.errors import Interrupted, UserError
 from pdistill.processes import is_main
 
@@ -31,7 +31,7 @@ COMPOSED = ("train", "distill", "evaluate", "sample")  # by Hydra, from conf/<co
 # How long an OpenMP thread spins before it sleeps. By default for good, so that training beside busy processes stalls;
 # measured by benchmarks/busy.py, which also shows that the weights stay the same to the byte.
 SPIN_COUNT = "10000"
-PLAIN = ("report", "sweep", "export", "push")  # of what is finished: `pdistill report outputs/a outputs/b`
+PLAIN = ("status", "report", "sweep", "export", "push")  # of what is finished: `pdistill report outputs/a outputs/b`
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def run(command: str, subcommand: bool = False) -> None:
     """
     _prepare_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, to be told here in one line
-    _end_on_signals(command)
+    end_on_signals(what_remains(command))
     typed = list(sys.argv)
     arguments = [_with_home(word) for word in typed[2 if subcommand else 1 :]]
     if {"--help", "-h"} & set(arguments):
@@ -83,17 +83,17 @@ def run(command: str, subcommand: bool = False) -> None:
     try:
         sweep = jobs.prepare(arguments)
         with steps_is_a_key() if command == "evaluate" else contextlib.nullcontext():
-            composed()
+            complaint = jobs.run_all(composed, sweep, arguments)
         if failures:
             raise failures[0]
-        if sweep is not None and command in ("train", "distill"):
-            jobs.finish(sweep)
+        if sweep is not None:
+            jobs.finish(command, sweep, complaint)
     except (*USER_ERRORS, Interrupted) as error:
         _fail(error)
 
 
 def _plain(command: str, arguments: list[str]) -> None:
-    _end_on_signals(command)
+    end_on_signals(what_remains(command))
     try:
         importlib.import_module(f"pdistill.commands.{command}").main(arguments)
     except (*USER_ERRORS, Interrupted) as error:
@@ -106,8 +106,9 @@ def _fail(error: BaseException) -> NoReturn:
         os._exit(1)
     cause = cause_of(error)
     restarts = isinstance(error, Interrupted) and any(re.match(r"\+*overwrite=true", w, re.I) for w in sys.argv)
+    what_follows = ", if overwrite=true is left out" if restarts else requeued(error)
     if is_main():
-        print(f"error: {one_line(error)}{', if overwrite=true is left out' * restarts}", file=sys.stderr)
+        print(f"error: {one_line(error)}{what_follows}", file=sys.stderr)
     sys.exit(getattr(cause, "exit_code", 2))
 
 
@@ -115,19 +116,6 @@ def _with_home(word: str) -> str:
     """key=~/x with the home directory, which shells expand at the beginning of words alone."""
     found = re.fullmatch(r"([\w.@/+-]+=)~(/.*)?", word)
     return f"{found[1]}{Path.home()}{found[2] or ''}" if found else word
-
-
-def _end_on_signals(command: str) -> None:
-    """Ctrl-C and SIGTERM end a command in a line that says what becomes of its work."""
-    what = (
-        "nothing was written" if command in ("sample", "export") else "the same command continues from what is finished"
-    )
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(f"stopped; {what}")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
 
 
 def _prepare_process() -> None:

@@ -32,6 +32,8 @@ def one_line(error: BaseException) -> str:
         text = str(cause)
     elif isinstance(cause, OSError) and cause.strerror:
         text = f"{cause.filename or ''}: {cause.strerror}".lstrip(": ")
+    elif missing := not_installed(str(error), []):
+        text = missing
     elif isinstance(error, HydraException | OmegaConfBaseException):
         text = _hydras(error, cause)
         text = f"{key}: {text}" if key and key not in text else text
@@ -40,6 +42,19 @@ def one_line(error: BaseException) -> str:
     if "Original Traceback" in text:  # from a process that makes batches: its last line is the error itself
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split()) or type(cause).__name__
+
+
+EXTRAS = {"submitit_slurm": "launchers", "submitit_local": "launchers", "joblib": "launchers", "optuna": "optuna"}
+
+
+def not_installed(text: str, words: list[str]) -> str | None:
+    """Of an error that says that a plugin of Hydra is missing: which extra brings it; None of other errors."""
+    found = re.search(r"Could not find '(hydra/(?:launcher|sweeper))/(\w+)'", text)
+    plugin = f"{found[1]}={found[2]}" if found else " ".join(words)
+    if not found and not re.search(r"Unknown plugin class|No module named 'hydra_plugins", text):
+        return None
+    extra = next((extra for name, extra in EXTRAS.items() if name in plugin), None)
+    return f"{plugin} is not installed: pip install 'pdistill[{extra}]'" if extra else None
 
 
 def _chain(error: BaseException | None) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from pdistill.commands import run_directory
+from pdistill.commands import launching, run_directory
 from pdistill.commands.recipe import read_recipe
 from pdistill.commands.settings import Distill, settings_of
 from pdistill.processes import is_main
@@ -17,6 +17,7 @@ def main(cfg: DictConfig) -> float | None:
     if finished:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
+        launching.check_trainer(settings.trainer)
         from pdistill.commands.stages import (
             distill,  # torch and what it imports: seconds that a finished run need not wait
         )

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pdistill.commands import launching
 from pdistill.commands.contenders import Contender, Model, contenders, load, made, place_of, reference_set, run_of
 from pdistill.commands.sample import name_of
 from pdistill.commands.settings import Evaluate, settings_of
@@ -41,7 +42,7 @@ from pdistill.metrics.provenance import (
 )
 from pdistill.metrics.reference import REFERENCE_FEATURES, chosen, reference
 from pdistill.metrics.shares import in_order, leads, my_batches, together
-from pdistill.processes import device_of, is_main, of_main
+from pdistill.processes import device_of, is_main, launched, of_main, remember_started
 from pdistill.report import plots
 from pdistill.report.tables import REAL, cells, curves
 from pdistill.sampling import Draw, generate
@@ -89,16 +90,22 @@ def evaluate(settings: Evaluate) -> Path:
 
 
 def _start_processes(settings: Evaluate, device: torch.device) -> torch.device:
-    """One process for each of several devices; returns this one's device."""
+    """One process for each of several devices, on all nodes that a launcher was given; returns this one's device."""
+    there = launched()
+    nodes = there.nodes if there else 1
+    here, rest = divmod(settings.devices, nodes)
+    wanted = (1, settings.devices) if rest else (nodes, here)
+    launching.check_counts(*wanted, f"devices={settings.devices}")
     if settings.devices == 1:
         return device
-    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
+    if device.type == "cuda" and here > torch.cuda.device_count():
         raise UserError(f"devices={settings.devices}: this machine has {torch.cuda.device_count()}")
     from lightning import Fabric
 
     try:
-        fabric = Fabric(accelerator=device.type, devices=settings.devices, strategy="ddp")
+        fabric = Fabric(accelerator=device.type, devices=here, num_nodes=nodes, strategy="ddp")
         fabric.launch()
+        remember_started(fabric.strategy.launcher)
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(
             f"devices={settings.devices} cannot be started with device={settings.device} ({first_line(error)})"

@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from pdistill.commands import run_directory
+from pdistill.commands import launching, run_directory
 from pdistill.commands.settings import Distill, Train
 from pdistill.dataset import ImageSet
 from pdistill.errors import UserError
@@ -47,13 +47,20 @@ class Job:
 
 
 def trainer_of(settings: Train) -> Trainer:
-    """A Trainer that fits nothing: it tells of the devices. Raises UserError where this machine cannot run it."""
+    """A Trainer that fits nothing: it tells of the devices. Raises UserError where this machine cannot run it, or
+    other processes were started than it asks for."""
+    launching.check_trainer(settings.trainer)
     try:
         with quietly():
-            return instantiate(settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+            trainer = instantiate(
+                settings.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False
+            )
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
+    launching.check_trainer(settings.trainer, trainer.num_devices)
+    launching.check_seen(trainer.strategy)
+    return trainer
 
 
 @contextmanager
@@ -66,6 +73,8 @@ def opened(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) ->
     writing = run_directory.Writing(cfg, directory, data.fingerprint)
     trainer = trainer_of(settings)
     start_processes(trainer)
+    if trainer.num_nodes > 1:
+        launching.check_shared(directory)
     device = trainer.strategy.root_device
     loggers: list[Logger] = []
     try:

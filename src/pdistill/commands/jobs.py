@@ -1,14 +1,18 @@
 """What a command does with one composed configuration, alone or as a job of a sweep in whatever process."""
 
+import contextlib
 import importlib
 import math
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from pdistill import processes
 from pdistill.commands import run_directory
-from pdistill.commands.complaints import USER_ERRORS, one_line
-from pdistill.files import read_json, write_json
+from pdistill.commands.complaints import USER_ERRORS, cause_of, not_installed, one_line
+from pdistill.commands.stopping import end_where_nothing_does, requeued, what_remains
+from pdistill.errors import Interrupted, UserError, first_line
+from pdistill.files import locked, read_json, write_json
+from pdistill.processes import is_main
 from pdistill.registry import import_parts
 
 SWEEP = "PDISTILL_SWEEP"  # of a sweep's jobs, in whatever process: the directory of their results
+STARTED_BY = "PDISTILL_SWEEP_PID"
+NOT_ENDED = "its process ended before it did"
+# Hydra finds that a launcher's keys in conf/ are those of its plugin: as they should be.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def job(command: str) -> Callable[[DictConfig], float | None]:
@@ -38,10 +50,17 @@ def prepare(arguments: list[str]) -> Path | None:
     """Of a multirun: the directory of its jobs' results, in the environment, which jobs in other processes inherit."""
     if not ({"-m", "--multirun"} & set(arguments) or any("hydra.mode=MULTIRUN" in a for a in arguments)):
         return None
+    if (there := processes.launched()) and there.by == "torchrun" and there.processes > 1:
+        raise UserError(
+            "-m starts the jobs of a sweep one after another, and torchrun knows one job: leave torchrun out, and each "
+            "job with several devices starts its processes itself"
+        )
     words = [a for a in arguments if "=" in a and not a.startswith("-")]
     swept = [o.key_or_group for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
     os.environ[run_directory.SWEPT] = " ".join(filter(None, swept))
-    os.environ[SWEEP] = uuid.uuid4().hex[:8]
+    os.environ[SWEEP], os.environ[STARTED_BY] = uuid.uuid4().hex[:8], str(os.getpid())
+    if any(re.match("hydra/launcher=submitit", a) for a in arguments):
+        print("what the jobs print is in outputs/.multirun/.submitit, or below another output_root", flush=True)
     return Path(os.environ[SWEEP])
 
 
@@ -57,14 +76,55 @@ def run_job(command: str, cfg: DictConfig, program: list[str]) -> float | None:
     typed = run_directory.typed_overrides(overrides)
     if "name" in typed and cfg.get("name"):
         cfg.name = run_directory.sweep_name(typed["name"], overrides)
-    print(f"\nsweep, job {hydra_cfg.job.num}: {' '.join(overrides)}", flush=True)
-    value, error = _value_or_error(command, cfg, program, overrides)
-    if cfg.get("name"):
-        names = {k: v for k, v in hydra_cfg.runtime.choices.items() if "/" not in k and v}
-        choices = {k: v for k, v in typed.items() if k != "name"}
-        result = {"name": cfg.name, "output_root": cfg.get("output_root", "outputs"), "error": error}
-        result |= {"groups": names, "choices": choices, "value": value}
-        write_json(_results(cfg) / f"{hydra_cfg.job.num:05d}.json", result)
+    elsewhere = os.environ.get(STARTED_BY) != str(os.getpid())  # in a process of the sweep's launcher
+    if elsewhere:
+        end_where_nothing_does(what_remains(command))
+    if is_main():
+        print(f"\nsweep, job {hydra_cfg.job.num}: {' '.join(overrides)}", flush=True)
+    names = {k: v for k, v in hydra_cfg.runtime.choices.items() if "/" not in k and v}
+    choices = {k: v for k, v in typed.items() if k != "name"}
+    result = {"name": cfg.get("name"), "output_root": cfg.get("output_root", "outputs"), "groups": names}
+    result |= {"choices": choices, "value": None, "error": NOT_ENDED, "process": [socket.gethostname(), os.getpid()]}
+    with _noting(cfg, result) as noted:
+        try:
+            value, error = _value_or_error(command, cfg, program, overrides)
+        except Interrupted as stopped:
+            if elsewhere:
+                _hand_on(stopped)
+            raise
+        noted |= {"value": value, "error": error}
+    return _for_sweeper(value, error)
+
+
+@contextlib.contextmanager
+def _noting(cfg: DictConfig, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A job's result, for the table: written before and after it runs, so that a process that is killed leaves one.
+
+    While the job runs, a lock says so to the process that waits for it.
+    """
+    if not is_main():
+        yield result
+        return
+    file = _results(cfg) / f"{HydraConfig.get().job.num:05d}.json"
+    write_json(file, result)
+    with locked(file.with_suffix(".lock")):
+        try:
+            yield result
+        finally:
+            write_json(file, result)
+
+
+def _hand_on(stopped: Interrupted) -> None:
+    """Lets a cluster run a job again that it stopped: submitit has a signal of its own, the others are Slurm's."""
+    if stopped.signal == signal.SIGUSR2:
+        signal.raise_signal(signal.SIGUSR2)
+    print(f"error: {stopped}{requeued(stopped)}", file=sys.stderr, flush=True)
+
+
+def _for_sweeper(value: float | None, error: str | None) -> float | None:
+    """What a job returns to Hydra: not a number where it failed; to Optuna nothing, which is its word for failed."""
+    if "optuna" in str(HydraConfig.get().sweeper.get("_target_")):
+        return value if error is None and value is not None and math.isfinite(value) else None
     return math.nan if error else value
 
 
@@ -76,11 +136,13 @@ def _value_or_error(
     With several devices the job gets a process of its own: Lightning starts the other ranks by this process's
     command line, which would run the whole sweep again in each of them.
     """
-    devices = cfg.trainer.devices if cfg.get("trainer") else cfg.get("devices", 1)
-    if devices != 1:
+    try:
+        devices, nodes = _counts(cfg)
+    except USER_ERRORS as error:
+        return None, one_line(error)
+    if devices != 1 or nodes != 1:
         words = [o for o in overrides if not re.match(r"[+~]*name=", o)] + ([f"name={cfg.name}"] if cfg.name else [])
-        environment = {k: v for k, v in os.environ.items() if k not in (SWEEP, run_directory.SWEPT)}
-        status = subprocess.run([sys.executable, *program, *_outside_conf(), *words], env=environment).returncode
+        status = _status_of([*program, *_outside_conf(), *words])
         if status != 0:
             return None, f"exit status {status}, its line of error is above"
         directory = run_directory.directory_of(cfg.name, cfg.output_root) if cfg.get("trainer") else None
@@ -95,6 +157,24 @@ def _value_or_error(
         return None, one_line(error)
 
 
+def _counts(cfg: DictConfig) -> tuple[int, int]:
+    if not cfg.get("trainer"):
+        return cfg.get("devices", 1), 1
+    return cfg.trainer.devices, cfg.trainer.get("num_nodes", 1)
+
+
+def _status_of(words: list[str]) -> int:
+    """The exit status of a job in a process of its own, to which signals are passed on."""
+    environment = {k: v for k, v in os.environ.items() if k not in (SWEEP, STARTED_BY, run_directory.SWEPT)}
+    process = subprocess.Popen([sys.executable, *words], env=environment)
+    try:
+        return process.wait()
+    except Interrupted as stopped:
+        process.send_signal(stopped.signal or signal.SIGTERM)
+        process.wait()
+        raise
+
+
 def _outside_conf() -> list[str]:
     """The words of the command line that say where else configurations are."""
     config = HydraConfig.get()
@@ -103,12 +183,43 @@ def _outside_conf() -> list[str]:
     return [*(word for path in given for word in ("--config-dir", path)), *words]
 
 
-def finish(sweep: Path) -> None:
+def run_all(composed: Callable[[], Any], sweep: Path | None, arguments: list[str]) -> str | None:
+    """Runs what Hydra composed, once or as the jobs of a sweep; a complaint of the sweep's launcher or sweeper.
+
+    Errors of jobs are in their results.
+    """
+    try:
+        composed()
+    except (*USER_ERRORS, Interrupted):
+        raise
+    except Exception as error:
+        plugins = [a for a in arguments if re.match(r"hydra/(launcher|sweeper)=", a)]
+        if sweep is None or not plugins:
+            raise
+        if missing := not_installed(str(error), plugins):
+            raise UserError(missing) from error
+        return f"{' '.join(plugins)}: {first_line(cause_of(error))}"
+    return None
+
+
+def finish(command: str, sweep: Path, complaint: str | None) -> None:
     """The table over the jobs of a sweep, in whatever process they ran. Raises UserError if one failed."""
+    if not is_main():
+        return
     from pdistill.commands import sweep as table
 
     roots = [Path(o.partition("=")[2]) for o in sys.argv if o.startswith("output_root=")] or [Path("outputs")]
     folder = roots[0].expanduser() / ".multirun" / sweep.name
+    for lock in sorted(folder.glob("*.lock")):  # where the launcher gave up, others may still run
+        with locked(lock):
+            pass
     results: list[Any] = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    if results:
-        table.finish([table.Job.of_result(result) for result in results])
+    try:
+        if results and command in ("train", "distill"):
+            table.finish([table.Job.of_result(result) for result in results])
+        elif failed := [f"{k} ({result['error']})" for k, result in enumerate(results) if result["error"]]:
+            raise UserError(f"{len(failed)} of {len(results)} jobs failed: {', '.join(failed)}")
+    except UserError as error:
+        raise UserError(f"{complaint}; {error}" if complaint else str(error)) from error
+    if complaint:
+        raise UserError(complaint)

@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from pdistill import registry
 from pdistill.checks import number, whole
+from pdistill.commands import launching  # noqa: F401  # its resolver is conf/trainer/slurm.yaml's
 from pdistill.errors import UserError
 from pdistill.metrics.settings import LEAST_EXTRAPOLATED, Metrics, are_step_counts
 from pdistill.training.settings import Conversion, Distillation, Guiding, Lora, Steps, Training

@@ -14,6 +14,7 @@ from pdistill import processes
 from pdistill.errors import Interrupted, UserError
 
 LOGSNR_EDGES = (-15.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0)  # eight bins over [-20, 20]
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_TO_STOP = 5.0  # after which a signal to one of several processes is known to all
 
 
@@ -121,10 +122,10 @@ class TrainingLog(PerUpdate):
 
 
 class ResumableCheckpoint(PerUpdate, Checkpoint):
-    """Keeps `path` up to date: every `every_n_updates`, and when Ctrl-C or SIGTERM asks the training to stop.
+    """Keeps `path` up to date: every `every_n_updates`, and when a signal asks the training to stop.
 
-    The signal is acted upon between two updates; a second one ends the process at once. Of several processes one may
-    get it alone, and they agree on what to do about every five seconds.
+    The signal is acted upon between two updates; Ctrl-C after that ends the process at once. Of several processes one
+    may get it alone, and they agree on what to do about every five seconds.
     """
 
     def __init__(self, path: Path, every_n_updates: int, monitor: TrainingLog) -> None:
@@ -132,21 +133,22 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
         self.every_n_updates = every_n_updates
         self.monitor = monitor
         self.signal: int | None = None
-        self.handlers: dict[int, Any] = {}
+        self.handlers = {s: signal.getsignal(s) for s in STOPPING}  # before Lightning puts its own there
+        if not callable(self.handlers[signal.SIGUSR2]):  # submitit's word, and nobody else's
+            del self.handlers[signal.SIGUSR2]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals."""
         super().on_train_start(trainer, pl_module)
         self.asked_at, self.asks_at = (trainer.global_step, time.monotonic()), trainer.global_step + 1
-        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for s in self.handlers:
             signal.signal(s, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
-        if self.signal is not None:
+        if self.signal is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
         due = update % self.every_n_updates == 0
@@ -155,20 +157,20 @@ class ResumableCheckpoint(PerUpdate, Checkpoint):
             self.monitor.refuse_nonfinite()
             trainer.save_checkpoint(self.path)
         if stop:
-            raise Interrupted(f"stopped at update {update}; the same command continues from there")
+            raise Interrupted(f"stopped at update {update}; the same command continues from there", stop)
 
-    def _asked_to_stop(self, trainer: Trainer, update: int, meets: bool) -> bool:
-        """Whether any process got a signal; asking costs an exchange, so that it is done at the main process's pace."""
+    def _asked_to_stop(self, trainer: Trainer, update: int, meets: bool) -> int | None:
+        """The signal that any process got; asking costs an exchange, so that it is done at the main process's pace."""
         if trainer.world_size == 1:
-            return self.signal is not None
+            return self.signal
         if update < self.asks_at and not meets:
-            return False
+            return None
         before, then = self.asked_at
         self.asked_at = update, time.monotonic()
-        opinions = processes.gather((self.signal is not None, (self.asked_at[1] - then) / (update - before)))
+        opinions = processes.gather((self.signal, (self.asked_at[1] - then) / (update - before)))
         seconds_per_update = max(opinions[0][1], 1e-6)
         self.asks_at = update + max(1, int(SECONDS_TO_STOP / seconds_per_update))
-        return any(signalled for signalled, _ in opinions)
+        return next((number for number, _ in opinions if number is not None), None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores the handlers of signals, and raises one that came since the last update."""

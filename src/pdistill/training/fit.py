@@ -164,6 +164,7 @@ def start_processes(trainer: Trainer) -> None:
         trainer.strategy.setup_environment()
     else:
         launcher.launch(trainer.strategy.setup_environment)
+        processes.remember_started(launcher)
 
 
 def accumulated_batches(
