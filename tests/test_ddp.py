@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from test_training import PLAIN, STAGE, Seen, alike, new_denoiser, recipe, train, trainer, weights
 
 from pdistill import processes
