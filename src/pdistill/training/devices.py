@@ -68,7 +68,10 @@ class Sharded(DDPStrategy):
     def whole(self, denoiser: Denoiser) -> Denoiser:
         """A copy with whole weights, on the device. Every process must call it."""
         found = copy.deepcopy(self.empty[denoiser])
-        found.load_state_dict({k: _whole(v).clone() for k, v in denoiser.state_dict().items()}, assign=True)
+        state = denoiser.state_dict()
+        found.load_state_dict(
+            {k: _whole(v) if isinstance(v, DTensor) else v.clone() for k, v in state.items()}, assign=True
+        )
         return found.requires_grad_(False)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
