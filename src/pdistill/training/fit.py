@@ -121,8 +121,9 @@ def choose_ema(module: DenoisingModule, settings: FitSettings, trainer: Trainer)
     assert metric is not None  # `check_choice`
     values = []
     for ema in module.emas:
-        values.append(metric.measure(devices.whole(trainer, ema).to(device).eval(), settings.num_steps, device))
-        ema.cpu()  # where the trainer has left the module
+        candidate = devices.whole(trainer, ema).to(device).eval()
+        values.append(metric.measure(candidate, settings.num_steps, device))
+        candidate.cpu()  # where the trainer has left the module
     values = processes.of_main(values)
     module.chosen = min(range(len(values)), key=values.__getitem__)
     decay = module.decays[module.chosen]
