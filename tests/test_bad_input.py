@@ -44,6 +44,8 @@ BAD = [
     ("distill.py parameterization=eps", ["eps cannot be distilled", "allow_unstable=true"]),
     ("train.py parameterization=eps schedule=cosine_zero_snr", ["eps cannot be trained", "allow_unstable=true"]),
     ("train.py training.batch_size=63 trainer=ddp_cpu", ["training.batch_size=63", "multiple of 2"]),
+    ("train.py trainer=fsdp_cpu trainer.precision=16-mixed", ["precision=16-mixed", "trainer=fsdp", "bf16-mixed"]),
+    ("train.py trainer.strategy=fsdp", ["trainer.strategy=fsdp", "use trainer=fsdp"]),
     ("train.py network.ch=20", ["multiple of 32"]),
     ("train.py metrics=none metrics.every_n_updates=10", ["every_n_updates=10", "metrics=none measures nothing"]),
     ("train.py label_dropout=0.1", ["add conditional=true"]),

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+
+import pytest
 
 from pdistill.metrics.classifier import train_classifier
 
@@ -85,3 +88,27 @@ def test_memory_of_text_to_image(monkeypatch, capsys):
     with memory.torch.device("meta"):
         network = memory.UNet2DConditionModel(**memory.SD1)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 859.5
+
+
+@pytest.mark.slow
+def test_scaling_measures_one_two_apart_and_two_together(tmp_path):
+    """Of which there are processes of their own: four."""
+    words = [
+        "--network",
+        "digits",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--updates",
+        "2",
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
+    command = [sys.executable, str(BENCHMARKS / "scaling.py"), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    seconds = json.loads((tmp_path / "s.json").read_text())["seconds"]
+    assert list(seconds) == ["alone", "side by side", "together"]
+    assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
+    assert "what the hardware can do" in ended.stdout

@@ -1,16 +1,47 @@
-"""Two processes: one set of weights, one loss, one decision to stop."""
+"""Two processes: one set of weights, one loss, one decision to stop; what one process would have trained."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_training import Seen, new_denoiser, recipe, train, trainer
+from test_training import PLAIN, STAGE, Seen, alike, new_denoiser, recipe, train, trainer, weights
 
 from pdistill import processes
+from pdistill.denoiser import Denoiser
+from pdistill.method.conversion import Conversion
+from pdistill.method.guidance import Guidance
+from pdistill.method.halving import Halving
+from pdistill.method.multistep_consistency import MultistepConsistency
+from pdistill.method.parallel_decoding import ParallelDecoding
+from pdistill.method.tract import Tract
+from pdistill.steps import Stage
+from pdistill.training.distillation import DistillationModule
 from pdistill.training.teacher import TeacherModule
+
+METHODS = {
+    "teacher": None,
+    "halving": (Halving(), STAGE),
+    "tract": (Tract(), STAGE),
+    "multistep": (MultistepConsistency(8, 16), STAGE),
+    "parallel": (ParallelDecoding(), Stage(1, 4, 0, 2, 6, counts=(4, 2))),
+    "guidance": (Guidance(1, 5), replace(STAGE, called="guided")),
+    "conversion": (Conversion(), replace(STAGE, called="converted")),
+}
+
+
+def module_of(kind: str):
+    """A stage without dropout, whose masks are each part's own."""
+    denoiser = new_denoiser(num_classes=5)
+    denoiser.null_label = 4
+    if METHODS[kind] is None:
+        return TeacherModule(denoiser, replace(PLAIN, label_dropout=0.3))
+    method, stage = METHODS[kind]
+    return DistillationModule(denoiser, stage, PLAIN, method)
+
 
 SCRIPT = """
 import hashlib, json, os, signal, sys
@@ -21,6 +52,7 @@ from pathlib import Path
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from test_ddp import METHODS, module_of
 from test_training import STAGE, Numbered, StopAt, new_denoiser, recipe, settings
 
 from pdistill import processes
@@ -58,9 +90,38 @@ class BadShare(TeacherModule):
         return outputs
 
 
-def run(module, name, **changes):
+class Buckets(Callback):  # what DDP sends, by its own words
+    def on_train_end(self, trainer, module):
+        ddp = trainer.strategy.model
+        words = ddp._get_ddp_logging_data()
+        self.sent = {k: words[k] for k in ("gradient_as_bucket_view", "broadcast_buffers", "find_unused_parameters")}
+        self.sent["bytes"] = sum(map(int, words["rebuilt_bucket_sizes"].split(",")))
+        self.sent["trained"] = sum(p.numel() * p.element_size() for p in module.denoiser.parameters())
+        self.sent["ignored"] = sorted({name.split(".")[0] for name in ddp.parameters_to_ignore})
+        self.sent["buffers"] = len(ddp.modules_buffers)
+
+
+class Held(Callback):  # the shares of a stage's weights, and of the optimizer's state, that are here
+    def on_train_end(self, trainer, module):
+        states = [v for s in trainer.optimizers[0].state.values() for v in s.values() if v.ndim]
+        parts = {"student": [*module.denoiser.parameters()], "teacher": [*module.teacher.parameters()]}
+        parts |= {"ema": [*module.ema.parameters()], "optimizer": states}
+        local = {k: sum(t.to_local().numel() for t in tensors) for k, tensors in parts.items()}
+        self.shares = {k: local[k] / sum(t.numel() for t in tensors) for k, tensors in parts.items()}
+
+
+class Mean:
+    name = "mean"
+    def __init__(self): self.values = []
+    def measure(self, denoiser, num_steps, device):
+        with torch.no_grad():
+            self.values.append(float(denoiser(torch.ones(1, 1, 8, 8), torch.ones(1), torch.ones(1).long()).mean()))
+        return self.values[-1]
+
+
+def run(module, name, trainer=TWO, **changes):
     data = ImageDataModule(Numbered(), 12, seed=0, stage=0)
-    fit(module, data, settings(HOME / name, trainer=TWO, **changes))
+    fit(module, data, settings(HOME / name, trainer=trainer, **changes))
 
 
 def digest(module):
@@ -77,8 +138,9 @@ def outcome(error, module, name, **changes):
 start_processes(make_trainer(settings(HOME, trainer=TWO)))
 told = {"world": processes.world_size()}
 memory, losses, student = Memory(), Losses(), DistillationModule(new_denoiser(processes.rank()), STAGE, recipe())
-run(student, "whole", loggers=[memory], callbacks=[losses])
-told |= {"digest": digest(student), "logged": memory.logged, "losses": losses.losses[:]}
+buckets = Buckets()
+run(student, "whole", loggers=[memory], callbacks=[losses, buckets])
+told |= {"digest": digest(student), "logged": memory.logged, "losses": losses.losses[:], "buckets": buckets.sent}
 tract = DistillationModule(new_denoiser(processes.rank()), STAGE, recipe(), Tract())
 run(tract, "tract")
 told |= {"tract": digest(tract), "self_teacher": digest(tract.method.self_teacher)}
@@ -96,6 +158,18 @@ only_one = [StopAt(2)] if processes.rank() == 1 else []
 teacher, bad = (kind(new_denoiser(processes.rank()), recipe()) for kind in (TeacherModule, BadShare))
 told["stopped"] = outcome(Interrupted, teacher, "stopped", callbacks=only_one)
 told["refused"] = outcome(UserError, bad, "bad")
+SHARES = partial(TWO, strategy="fsdp2")
+held, mean = Held(), Mean()
+for kind in METHODS:
+    more = {"callbacks": [held], "metric": mean, "measure_every_n_updates": 2} if kind == "halving" else {}
+    run(module_of(kind), f"ddp-{kind}", updates=3)
+    run(module_of(kind), f"fsdp-{kind}", SHARES, updates=3, **more)
+told |= {"shares": held.shares, "measured": mean.values}
+parts = partial(SHARES, accumulate_grad_batches=3, precision="bf16-mixed")
+run(module_of("teacher"), "bf16", parts, updates=3)
+for name in ("on-one", "on-two"):
+    told[name] = outcome(Interrupted, module_of("halving"), name, trainer=SHARES, updates=3, callbacks=only_one)
+run(module_of("halving"), "on-two", SHARES, updates=3)
 (HOME / f"rank-{processes.rank()}.json").write_text(json.dumps(told))
 """
 
@@ -136,6 +210,41 @@ def test_ranks_have_one_self_teacher(told):
 def test_ranks_have_one_guided_student(told):
     """Of which each draws guidance of its own."""
     assert told[0]["guided"] == told[1]["guided"] and told[0]["drawn"] != told[1]["drawn"]
+
+
+def test_buckets_hold_what_is_trained_alone(told):
+    """No teacher, EMA or buffer; and no search for unused parameters."""
+    assert told[0]["buckets"] == told[1]["buckets"]
+    sent = told[0]["buckets"]
+    assert sent["bytes"] == sent["trained"] > 0 and sent["buffers"] == 0
+    assert sent["ignored"] == ["ema", "teacher"]
+    assert sent["gradient_as_bucket_view"] and not sent["broadcast_buffers"] and not sent["find_unused_parameters"]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_two_processes_train_what_one_does(told, home, tmp_path, kind):
+    """Under DDP and FSDP2, and in accumulated batches: to the rounding of float32."""
+    train(module_of(kind), tmp_path / "one", updates=3)
+    train(module_of(kind), tmp_path / "parts", updates=3, trainer=trainer(3))
+    one = Denoiser.load(tmp_path / "one" / "denoiser")
+    for other in (tmp_path / "parts", home / f"ddp-{kind}", home / f"fsdp-{kind}"):
+        assert alike(one, Denoiser.load(other / "denoiser")), other.name
+
+
+def test_each_process_holds_half_of_everything(told):
+    for rank in told:
+        assert set(rank["shares"]) == {"student", "teacher", "ema", "optimizer"}
+        assert all(0.4 < share < 0.6 for share in rank["shares"].values())
+    assert told[0]["measured"] == told[1]["measured"] and len(told[0]["measured"]) == 2  # of whole copies
+
+
+def test_checkpoints_of_shares_are_those_of_one_device(told, home, capsys):
+    assert told[0]["on-one"] == told[1]["on-one"] and "stopped at update 2" in told[0]["on-one"]
+    train(module_of("halving"), home / "on-one", updates=3)
+    assert "devices 2 -> 1" in capsys.readouterr().err
+    undisturbed = home / "fsdp-halving" / "denoiser"
+    assert alike(Denoiser.load(undisturbed), Denoiser.load(home / "on-one" / "denoiser"))
+    assert weights(undisturbed.parent) == weights(home / "on-two")
 
 
 def test_the_logged_loss_is_that_of_all_ranks(told):

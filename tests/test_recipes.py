@@ -113,7 +113,7 @@ def test_accumulation_fills_the_global_batch_on_fewer_devices(devices, most, bat
 
 
 def test_accumulated_batches_train_as_one(run, workplace):
-    """The same images and updates; noise differs, as it is drawn for each part."""
+    """Updates are counted, not parts."""
     status, _, err = run(
         "train.py", "experiment=smoke", "max_batch_per_device=8", "metrics=none", "training.updates=12", "name=parts"
     )

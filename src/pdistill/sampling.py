@@ -11,7 +11,7 @@ from pdistill import registry
 from pdistill.bars import bar
 from pdistill.errors import UserError
 from pdistill.parameterization import broadcast
-from pdistill.randomness import sample_noise
+from pdistill.randomness import normal, sample_noise
 from pdistill.schedule import AlphaSigma, Schedule, logsnr_on_grid, variance_preserving
 
 DDIM, STOCHASTIC = "ddim", "stochastic"  # samplers that students are taught
@@ -22,9 +22,9 @@ Callback = Callable[[int, Tensor, Tensor], None]  # (i, z, x_hat) at t = i / num
 
 
 def noised(x: Tensor, logsnr: Tensor, alpha_sigma: AlphaSigma = variance_preserving) -> Tensor:
-    """z_t = alpha x + sigma eps, with noise from torch's global generator. Images (B, C, H, W), logsnr (B,)."""
+    """z_t = alpha x + sigma eps, with noise from `randomness.normal`. Images (B, C, H, W), logsnr (B,)."""
     alpha, sigma = alpha_sigma(logsnr)
-    return broadcast(alpha, x) * x + broadcast(sigma, x) * torch.randn_like(x)
+    return broadcast(alpha, x) * x + broadcast(sigma, x) * normal(x)
 
 
 def ddim_step(

@@ -31,6 +31,10 @@ def check_trainer(trainer: dict[str, Any]) -> None:
         whole(f"trainer.{key}", trainer.get(key, 1), 1)
     if trainer["precision"] not in PRECISIONS:
         raise UserError(f"trainer.precision={trainer['precision']} must be one of {', '.join(PRECISIONS)}")
+    if str(trainer.get("strategy")) in ("fsdp", "fsdp_cpu_offload"):
+        raise UserError(f"trainer.strategy={trainer['strategy']} is not supported: use trainer=fsdp, which is FSDP2")
+    if trainer.get("strategy") == "fsdp2" and trainer["precision"] == "16-mixed":
+        raise UserError("trainer.precision=16-mixed is not supported with trainer=fsdp: use bf16-mixed or 32-true")
 
 
 @dataclass
@@ -90,6 +94,9 @@ class Train(Execution):
         if self.label_dropout and not self.conditional:
             raise UserError(f"label_dropout={self.label_dropout} hides labels that nobody reads: add conditional=true")
         check_trainer(self.trainer)
+        for key in ("compile", "channels_last"):
+            if getattr(self, key, False) and self.trainer.get("strategy") == "fsdp2":
+                raise UserError(f"{key}=true is not supported with trainer=fsdp: leave it out, or use trainer=ddp")
 
 
 @dataclass

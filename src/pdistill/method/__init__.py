@@ -51,8 +51,9 @@ class Method(Protocol):
         """The loss of every image (B,), with gradients to the student, and its log-SNR (B,), for the log.
 
         x (B, C, H, W) are images in [-1, 1]; the teacher is frozen and in eval mode, and one of the student's steps is
-        worth `stage.teacher_steps` of its. Randomness comes from torch's global generator, which is seeded for
-        (seed, stage, step, rank) before each call, so that a resumed run repeats it.
+        worth `stage.teacher_steps` of its. Draw random numbers with `uniform`, `integers` and `normal` of
+        `pdistill.randomness`: then a batch taken in parts, on several devices too, has the numbers of the whole.
+        torch's global generator is seeded for the update and the part before each call.
         """
         ...
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdistill.denoiser import Denoiser
+from pdistill.randomness import uniform
 from pdistill.sampling import Condition, noised
 from pdistill.steps import TEACHERS, Stage
 from pdistill.weighting import weighted_loss
@@ -46,7 +47,7 @@ class EveryTime(ABC):
         condition: Condition,
     ) -> tuple[Tensor, Tensor]:
         """At t ~ U(0, 1]: the weighted squared error to the target (B,), and logsnr (B,)."""
-        t = 1 - torch.rand(len(x), device=x.device)  # never 0
+        t = 1 - uniform(x)  # never 0
         logsnr = student.schedule(t)
         z_t = noised(x, logsnr, student.schedule.alpha_sigma)
         with torch.inference_mode():

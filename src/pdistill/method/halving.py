@@ -11,6 +11,7 @@ from pdistill.checks import flag
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.heads import first_heads
+from pdistill.randomness import integers
 from pdistill.sampling import DDIM, STOCHASTIC, Condition, noised
 from pdistill.steps import Stage, stages
 from pdistill.target import check_teacher_steps, ddim_route, stochastic_route, variance_of, x_along
@@ -70,7 +71,7 @@ class Halving:
         condition: Condition,
     ) -> tuple[Tensor, Tensor]:
         """At t = i/N, i ~ U{1, ..., N}: the weighted squared error to the target (B,), and logsnr (B,)."""
-        i = torch.randint(1, stage.num_steps + 1, (len(x),), device=x.device)
+        i = integers(1, stage.num_steps + 1, x)
         t = i / stage.num_steps
         logsnr, continuous = student.schedule(t), teacher.num_steps is None
         z_t = noised(x, logsnr, student.schedule.alpha_sigma)

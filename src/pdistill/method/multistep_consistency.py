@@ -10,6 +10,7 @@ from pdistill.checks import flag, number, whole
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.method import refuse_max_teacher_steps
+from pdistill.randomness import integers
 from pdistill.sampling import Condition, noised
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage, stages
@@ -83,8 +84,8 @@ class MultistepConsistency:
         """At a uniform t of the grid: the weighted squared error to `consistency_target` (B,), and logsnr (B,)."""
         schedule, n = student.schedule, self.segment(stage.num_steps)
         fine = n * stage.num_steps
-        end = n * torch.randint(stage.num_steps, (len(x),), device=x.device)
-        i = end + torch.randint(1, n + 1, (len(x),), device=x.device)
+        end = n * integers(0, stage.num_steps, x)
+        i = end + integers(1, n + 1, x)
         t = (i.double() / fine).to(x.dtype)
         logsnr, logsnr_next = (logsnr_on_grid(schedule, k.double(), fine) for k in (i, i - 1))
         z_t = noised(x, logsnr, schedule.alpha_sigma)

@@ -10,6 +10,7 @@ from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.heads import Mean, grown, table
 from pdistill.parameterization import broadcast
+from pdistill.randomness import uniform
 from pdistill.sampling import Condition, ddim_step, noised
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage
@@ -84,7 +85,7 @@ class ParallelDecoding:
 
     def _draw(self, stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first head of a block and one of its heads, (B,) each: first a step count, then one of its blocks."""
-        draw = torch.rand(4, len(x), device=x.device, dtype=torch.float64)
+        draw = uniform(x, rows=(4,), dtype=torch.float64)
         counts = table(torch.int64, stage.counts, x.device)
         count = counts[(draw[0] * len(stage.counts)).long()]
         length = stage.grid // count

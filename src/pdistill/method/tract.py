@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pdistill.checks import flag, number
 from pdistill.denoiser import Denoiser
 from pdistill.method import refuse_max_teacher_steps
+from pdistill.randomness import integers
 from pdistill.sampling import Condition, noised
 from pdistill.schedule import logsnr_on_grid
 from pdistill.steps import Stage, stages
@@ -63,8 +64,8 @@ class Tract(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """At a uniform t of the teacher's grid: the weighted squared error to `consistency_target` (B,), and logsnr."""
         group, fine = stage.teacher_steps, stage.num_steps * stage.teacher_steps
-        end = group * torch.randint(stage.num_steps, (len(x),), device=x.device)
-        i = end + torch.randint(1, group + 1, (len(x),), device=x.device)
+        end = group * integers(0, stage.num_steps, x)
+        i = end + integers(1, group + 1, x)
         t = (i.double() / fine).to(x.dtype)
         logsnr = logsnr_on_grid(student.schedule, i.double(), fine).to(x.dtype)
         z_t = noised(x, logsnr, student.schedule.alpha_sigma)

@@ -111,8 +111,8 @@ class Batching(Callback):
     """Lets a stage be resumed with other devices, accumulated batches or precision, from the update it stood at.
 
     Lightning counts batches, and would start the resumed windows of accumulated batches somewhere inside; the counts
-    are put to where the new windows begin. The images of each update stay the same, their noise does not: the user is
-    told.
+    are put to where the new windows begin. The images of each update stay the same, and so does their noise on one kind
+    of device, dropout apart, but not its rounding: the user is told.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class Batching(Callback):
 
 
 def batching(trainer: Trainer, module: Any) -> dict[str, int | str]:
-    """What decides how the noise of an update is drawn and rounded, beside its seed."""
+    """What decides how an update is drawn and rounded, beside its seed."""
     return {
         "accelerator": trainer.strategy.root_device.type,
         "devices": trainer.world_size,
@@ -151,6 +151,6 @@ def _changes(before: Mapping[str, int | str], now: Mapping[str, int | str]) -> s
     if not changes:
         return ""
     return (
-        f"resumed with {', '.join(changes)}: every update still sees the same images, but their noise or its rounding "
-        f"differs, so the result is not the same to the byte as that of an undisturbed run"
+        f"resumed with {', '.join(changes)}: every update still sees the same images, but rounding, and "
+        f"perhaps dropout or noise, differs, so the result is not the same to the byte as that of an undisturbed run"
     )

@@ -25,6 +25,8 @@ class DistillationModule(DenoisingModule):
     a teacher that is a student of another sampler than the method's.
     """
 
+    left_out = ("teacher.",)
+
     def __init__(
         self,
         teacher: Denoiser,
@@ -88,7 +90,7 @@ class DistillationModule(DenoisingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the teacher out: it is on disk already."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher.")}
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(self.left_out)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the teacher back, so that a checkpoint in which anything else is missing is refused."""

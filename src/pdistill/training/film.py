@@ -17,6 +17,7 @@ from pdistill.files import write_json
 from pdistill.training import execution
 from pdistill.training.callbacks import PerUpdate, TrainingLog
 from pdistill.training.cost import Cost
+from pdistill.training.devices import whole
 from pdistill.training.logger import log_picture
 
 FILM = "film"  # a stage's directory of what was seen while it trained, and the name of its frames in loggers
@@ -71,7 +72,7 @@ class WhileTraining(PerUpdate):
         start, denoiser = time.perf_counter(), pl_module.result
         training = denoiser.training
         with execution.paused(pl_module.recipe.execution):
-            self.look(trainer, denoiser.eval(), update, file)
+            self.look(trainer, whole(trainer, denoiser).eval(), update, file)
         denoiser.train(training)
         seconds = time.perf_counter() - start
         for callback in trainer.callbacks:  # whose seconds are of training

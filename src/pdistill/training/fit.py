@@ -16,7 +16,7 @@ from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import write_json
-from pdistill.training import checkpoint, execution
+from pdistill.training import checkpoint, devices, execution
 from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
 from pdistill.training.cost import Cost
 from pdistill.training.data import ImageDataModule
@@ -92,12 +92,13 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
         resumes = checkpoint.there_is_one(directory)
         with execution.running(module, mixed="mixed" in str(trainer.precision)):
             trainer.fit(module, data, ckpt_path=str(path) if resumes else None, weights_only=True)
-    choice = choose_ema(module, settings, trainer.strategy.root_device) if len(module.emas) > 1 else None
+    choice = choose_ema(module, settings, trainer) if len(module.emas) > 1 else None
+    result = devices.whole(trainer, module.result).cpu()
     if processes.is_main():
         if choice is not None:
             write_json(directory / "ema.json", choice)
         write_json(directory / "cost.json", cost.spent | {"training_images": settings.updates * data.batch_size})
-        module.result.save(directory / "denoiser", grid=settings.num_steps)
+        result.save(directory / "denoiser", grid=settings.num_steps)
         checkpoint.WholeCheckpoints().remove_checkpoint(path)
     processes.barrier()
 
@@ -111,18 +112,19 @@ def check_choice(emas: int, measures: bool) -> None:
         )
 
 
-def choose_ema(module: DenoisingModule, settings: FitSettings, device: Any) -> dict[str, Any]:
+def choose_ema(module: DenoisingModule, settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
     """Makes the best of several EMAs the module's result; equal ones: the first. Says so, and returns the metrics.
 
     Each is measured at `settings.num_steps`, with the samples that the finished stage is measured with. All processes
     call it and choose alike.
     """
-    metric = settings.metric
+    metric, device = settings.metric, trainer.strategy.root_device
     assert metric is not None  # `check_choice`
     values = []
     for ema in module.emas:
-        values.append(metric.measure(ema.to(device).eval(), settings.num_steps, device))
-        ema.cpu()  # where the trainer has left the module
+        candidate = devices.whole(trainer, ema).to(device).eval()
+        values.append(metric.measure(candidate, settings.num_steps, device))
+        candidate.cpu()  # where the trainer has left the module
     values = processes.of_main(values)
     module.chosen = min(range(len(values)), key=values.__getitem__)
     decay = module.decays[module.chosen]

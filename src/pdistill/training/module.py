@@ -16,7 +16,7 @@ from pdistill import lora
 from pdistill.denoiser import Denoiser
 from pdistill.network import set_dropout
 from pdistill.optimizer import Factor, adamw
-from pdistill.randomness import seed_global_generator
+from pdistill.randomness import Part, drawing, uniform
 from pdistill.sampling import Condition
 from pdistill.training import execution
 from pdistill.training.settings import Execution, Optimization
@@ -48,10 +48,11 @@ class Recipe:
 class DenoisingModule(LightningModule):
     """Trains `denoiser` by `recipe` on the loss that a subclass defines, with gradient clipping and optional EMAs.
 
-    A subclass gives `losses(batch) -> (losses (B,), logsnr (B,))`. All of a step's randomness comes from torch's global
-    generator, seeded by ("training", seed, stage, step, rank), dropout included. A batch is a dict of `image`
-    (B, C, H, W) in [-1, 1], `step`, and `label` (B,) or `condition`. `lr_factor` maps the updates done to a factor on
-    the learning rate; `updates`, of the whole training, is what automatic decays of EMAs follow from.
+    A subclass gives `losses(batch) -> (losses (B,), logsnr (B,))`. A step's randomness is a function of
+    (seed, stage, update): see `randomness.drawing`. A batch is a dict of `image` (B, C, H, W) in [-1, 1], `step`, the
+    update's, `part` where an update takes several batches, and `label` (B,) or `condition`. `lr_factor` maps the
+    updates done to a factor on the learning rate; `updates`, of the whole training, is what automatic decays of EMAs
+    follow from.
     """
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe, stage: int, lr_factor: Factor, updates: int) -> None:
@@ -67,6 +68,9 @@ class DenoisingModule(LightningModule):
         self.ema = copies[0] if copies else None
         self.further_emas = nn.ModuleList(copies[1:])
         self.chosen = 0  # of several, whose metrics are known at the end: see `fit`
+
+    left_out: tuple[str, ...] = ()
+    """How the names of those weights begin that are no part of checkpoints."""
 
     @abstractmethod
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]: ...
@@ -106,16 +110,17 @@ class DenoisingModule(LightningModule):
         if not self.denoiser.takes_guidance or condition is None:
             return condition
         tensor = next(iter(condition.values())) if isinstance(condition, dict) else condition
-        drawn = torch.rand(len(tensor), device=tensor.device)
-        return self.denoiser.told(condition, low + (high - low) * drawn)
+        return self.denoiser.told(condition, low + (high - low) * uniform(tensor))
 
     def _hides(self, condition: Tensor) -> Tensor:
-        return torch.rand(len(condition), device=condition.device) < self.recipe.label_dropout
+        return uniform(condition) < self.recipe.label_dropout
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        key = (self.recipe.seed, self.stage_index, int(batch["step"]), self.global_rank)
-        seed_global_generator(self.device, "training", *key)
-        losses, logsnr = self.losses(batch)
+        key = self.recipe.seed, self.stage_index, int(batch["step"])
+        accumulate = self.trainer.accumulate_grad_batches
+        part = Part(self.global_rank * accumulate + batch.get("part", 0), self.trainer.world_size * accumulate)
+        with drawing(self.device, key, part):
+            losses, logsnr = self.losses(batch)
         return {"loss": losses.mean(), "losses": losses.detach(), "logsnr": logsnr.detach()}
 
     def on_train_start(self) -> None:
@@ -144,7 +149,8 @@ class DenoisingModule(LightningModule):
             scaler.unscale_(optimizer)  # a fused optimizer would do it after the clipping
         limit = self.recipe.settings.gradient_clip
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        self.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of several devices' shares
 
     @property
     def loss_scaler(self) -> torch.amp.GradScaler | None:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pdistill.denoiser import Denoiser
 from pdistill.optimizer import warm_up
+from pdistill.randomness import uniform
 from pdistill.sampling import noised
 from pdistill.training.module import DenoisingModule, Recipe, weighted_loss
 
@@ -28,7 +28,7 @@ class TeacherModule(DenoisingModule):
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(B,) losses and (B,) logsnr of a batch."""
         x, schedule = batch["image"], self.denoiser.schedule
-        u = torch.rand(len(x), device=x.device)
+        u = uniform(x)
         t = schedule.training_time(u) if hasattr(schedule, "training_time") else u
         t = t.clamp(SMALLEST_TIME, 1 - SMALLEST_TIME)
         logsnr = schedule(t)
