@@ -57,6 +57,14 @@ class BadShare(TeacherModule):
         return outputs
 
 
+class BadGradient(TeacherModule):
+    def training_step(self, batch, batch_idx):
+        outputs = super().training_step(batch, batch_idx)
+        if self.global_rank == 1 and int(batch["step"]) == 1:
+            outputs["loss"] = outputs["loss"] * torch.nan
+        return outputs
+
+
 def run(module, name, **changes):
     data = ImageDataModule(Numbered(), 12, seed=0, stage=0)
     fit(module, data, settings(HOME / name, trainer=TWO, **changes))
@@ -91,6 +99,9 @@ only_one = [StopAt(2)] if processes.rank() == 1 else []
 teacher, bad = (kind(new_denoiser(processes.rank()), recipe()) for kind in (TeacherModule, BadShare))
 told["stopped"] = outcome(Interrupted, teacher, "stopped", callbacks=only_one)
 told["refused"] = outcome(UserError, bad, "bad")
+skipping = BadGradient(new_denoiser(processes.rank()), recipe(skips=2))
+run(skipping, "skipping")
+told |= {"skipping": digest(skipping), "finite": all(p.isfinite().all().item() for p in skipping.parameters())}
 (HOME / f"rank-{processes.rank()}.json").write_text(json.dumps(told))
 """
 
@@ -142,6 +153,10 @@ def test_a_signal_to_one_rank_stops_both_and_keeps_the_update(told, home):
 
 def test_a_loss_of_one_rank_that_is_not_finite_stops_both(told):
     assert told[0]["refused"] == told[1]["refused"] and "the loss is not finite at update 2" in told[0]["refused"]
+
+
+def test_a_gradient_of_one_rank_that_is_not_finite_is_left_out_by_both(told, home):
+    assert told[0]["skipping"] == told[1]["skipping"] and told[0]["finite"]
 
 
 def test_one_device_goes_on_where_two_stopped(told, home, capsys):

@@ -65,6 +65,8 @@ def child(words: list[str], cwd: str, log: str, fault: list | None) -> int:
 def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
+    timing = importlib.import_module("pdistill.commands.timing")
+    timing.BATCH, timing.ROUNDS = 8, 2  # times are compared with nothing here
     statuses: dict[int, int] = {}
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

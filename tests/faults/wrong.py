@@ -70,3 +70,8 @@ def clock_jumps(seed: int) -> None:
     jumps, real, real_ns = random.Random(seed), time.time, time.time_ns
     time.time = lambda: real() + jumps.uniform(-3e8, 3e8)
     time.time_ns = lambda: real_ns() + int(jumps.uniform(-3e17, 3e17))
+
+
+def caches_in(directory: str) -> None:
+    """Caches elsewhere than those of the other commands."""
+    os.environ["PDISTILL_CACHE"] = directory

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
 from pdistill.commands.complaints import USER_ERRORS, one_line
+from pdistill.faults import in_words
 from pdistill.files import read_json, write_json
 from pdistill.registry import import_parts
 
@@ -29,7 +30,8 @@ def job(command: str) -> Callable[[DictConfig], float | None]:
 
     def run(cfg: DictConfig) -> float | None:
         import_parts(cfg.get("imports") or [])
-        return importlib.import_module(f"pdistill.commands.{command}").main(cfg)
+        with in_words(command, "use a smaller batch_size, or a device with more"):
+            return importlib.import_module(f"pdistill.commands.{command}").main(cfg)
 
     return run
 

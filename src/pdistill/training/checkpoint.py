@@ -12,7 +12,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from pdistill import __version__, processes
 from pdistill.errors import UserError, first_line
-from pdistill.files import whole
+from pdistill.files import remove_partial, whole
 
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
 
@@ -69,20 +69,13 @@ def there_is_one(directory: Path) -> bool:
     return processes.of_main((directory / LAST).exists() or (directory / PREVIOUS).exists())
 
 
-def remove_partial(directory: Path) -> None:
-    """Removes the files of a stage, and of its film, that killed processes left half written."""
-    for file in [*directory.glob(".*.partial"), *directory.glob("*/.*.partial")]:
-        if file.is_file():
-            file.unlink(missing_ok=True)
-
-
 def _chosen(path: Path) -> Path | str:
     """The whole one of a checkpoint and its predecessor; a message if there is none. A damaged one is put aside."""
     previous = path.with_name(PREVIOUS)
-    fault = _fault(path)
+    fault = _fault(path) or _unreadable(path)
     if fault is None:
         return path
-    if other := _fault(previous):
+    if other := _fault(previous) or _unreadable(previous):
         return (
             f"{path} is {fault} and {previous} is {other}: delete {path.parent} to start this stage anew; "
             f"finished stages are kept"
@@ -103,6 +96,17 @@ def _fault(file: Path) -> str | None:
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
         return f"damaged ({first_line(error)})"
     return None if broken is None else f"damaged (in {broken})"
+
+
+def _unreadable(file: Path) -> str | None:
+    """What torch cannot read of a file whose checksums are right: they do not cover its table of contents."""
+    try:
+        torch.load(file, map_location="meta", weights_only=True, mmap=True)  # reads no tensor
+    except (RuntimeError, OSError) as error:
+        return f"damaged ({first_line(error)})"
+    except Exception:  # something that torch does not like; loading it says so
+        return None
+    return None
 
 
 class Batching(Callback):
