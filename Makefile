@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test test-all lint format wheel bench bench-quick clean
+.PHONY: setup demo test test-all faults lint format wheel bench bench-quick clean
 
 setup: $(READY)
 
@@ -21,6 +21,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term
+
+faults: $(READY)  # kills, full disks, dead processes and so on, counted: docs/reliability.md
+	$(BIN)/python -m pytest tests/faults -m 'slow or not slow'
 
 lint: $(READY)
 	$(BIN)/ruff check .

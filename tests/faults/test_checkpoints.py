@@ -64,9 +64,7 @@ def test_a_bit_that_flipped(tmp_path, capsys, flips):
     for _ in range(2):
         WholeCheckpoints().save_checkpoint(content, last)
     written = last.read_bytes()
-    directory = written.rindex(b"PK\x06\x06") - written.index(b"PK\x01\x02")
     tables = range(written.index(b"PK\x01\x02"), len(written))
-    assert directory > 0
     headers = [i + k for i in range(len(written)) if written[i : i + 4] == b"PK\x03\x04" for k in range(30)]
     for k in range(flips):
         place = places.choice([range(len(written)), tables, headers][k % 3])

@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from conftest import CHAIN, finished, remount
+from chains import CHAIN, finished, remount
 from tally import faults
 
 from pdistill.errors import UserError

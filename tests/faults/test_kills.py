@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import METHODS, finished
+from chains import METHODS, finished
 from tally import faults
 
 pytestmark = pytest.mark.slow

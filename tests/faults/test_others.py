@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import CHAIN, content
+from chains import CHAIN, content
 from PIL import Image
 from tally import faults
 from test_training import new_denoiser, recipe, train

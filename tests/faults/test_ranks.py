@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CHAIN
+from chains import CHAIN
 from tally import faults
 
 ROOT = Path(__file__).parents[2]
