@@ -5,7 +5,7 @@ WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 READY := .venv/ready
 
-.PHONY: setup demo test test-all lint format wheel bench bench-quick gpu clean
+.PHONY: setup demo test test-all faults lint format wheel bench bench-quick gpu clean
 
 setup: $(READY)
 
@@ -24,6 +24,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'slow or not slow' --cov --cov-report=term
+
+faults: $(READY)  # kills, full disks, dead processes and so on, counted: docs/reliability.md
+	$(BIN)/python -m pytest tests/faults -m 'slow or not slow'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -119,6 +119,14 @@ class Mean:
         return self.values[-1]
 
 
+class BadGradient(TeacherModule):
+    def training_step(self, batch, batch_idx):
+        outputs = super().training_step(batch, batch_idx)
+        if self.global_rank == 1 and int(batch["step"]) == 1:
+            outputs["loss"] = outputs["loss"] * torch.nan
+        return outputs
+
+
 def run(module, name, trainer=TWO, **changes):
     data = ImageDataModule(Numbered(), 12, seed=0, stage=0)
     fit(module, data, settings(HOME / name, trainer=trainer, **changes))
@@ -170,6 +178,9 @@ run(module_of("teacher"), "bf16", parts, updates=3)
 for name in ("on-one", "on-two"):
     told[name] = outcome(Interrupted, module_of("halving"), name, trainer=SHARES, updates=3, callbacks=only_one)
 run(module_of("halving"), "on-two", SHARES, updates=3)
+skipping = BadGradient(new_denoiser(processes.rank()), recipe(skips=2))
+run(skipping, "skipping")
+told |= {"skipping": digest(skipping), "finite": all(p.isfinite().all().item() for p in skipping.parameters())}
 (HOME / f"rank-{processes.rank()}.json").write_text(json.dumps(told))
 """
 
@@ -260,6 +271,10 @@ def test_a_signal_to_one_rank_stops_both_and_keeps_the_update(told, home):
 
 def test_a_loss_of_one_rank_that_is_not_finite_stops_both(told):
     assert told[0]["refused"] == told[1]["refused"] and "the loss is not finite at update 2" in told[0]["refused"]
+
+
+def test_a_gradient_of_one_rank_that_is_not_finite_is_left_out_by_both(told, home):
+    assert told[0]["skipping"] == told[1]["skipping"] and told[0]["finite"]
 
 
 def test_one_device_goes_on_where_two_stopped(told, home, capsys):

@@ -24,6 +24,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
     # Settings are plain dataclasses, which whoever is configured by them may name.
     (
         "errors",
+        "faults",
         "files",
         "processes",
         "randomness",

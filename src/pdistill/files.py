@@ -53,6 +53,15 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def remove_partial(directory: Path) -> None:
+    """Removes what killed processes left half written of a stage and its film, or of a run and its stages."""
+    for path in [*directory.glob(".*.partial"), *directory.glob("*/.*.partial")]:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """The file, whole or not at all."""
     with whole(path) as temporary:

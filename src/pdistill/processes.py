@@ -5,12 +5,18 @@ not at all. Before torch.distributed is initialised the launcher's environment s
 """
 
 import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdistill.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    import subprocess
+
     import torch
 
 # Of torchrun, Slurm, Open MPI, other MPIs, and IBM's LSF.
@@ -69,8 +75,6 @@ def _number(variable: str) -> int | None:
 
 def _distributed() -> Any:
     """torch.distributed if it is initialised, else None; torch is not imported for the question."""
-    import sys
-
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
@@ -136,6 +140,48 @@ def of_main(value: object) -> Any:
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+# A process that died leaves others waiting for it, with NCCL for half an hour: those that were started by one that is
+# watched, or that watch it, end soon after.
+
+GONE = "another process of this run is gone; the same command continues from the last checkpoint"
+SECONDS_TO_END = 20.0  # in which the others may end by themselves, with a line that says more
+SECONDS_BETWEEN_LOOKS = 0.5
+_parent: int | None = None  # of a process that another one of the run has started
+
+
+def is_orphan() -> bool:
+    """Whether this is the process that speaks for those that the main process started, which is dead."""
+    return _parent is not None and os.environ.get("LOCAL_RANK") == "1" and _parent_is_dead()
+
+
+def _parent_is_dead() -> bool:
+    if os.getppid() == _parent:
+        time.sleep(0.2)  # its connections end a moment before it does
+    return os.getppid() != _parent
+
+
+def watch(children: "Sequence[subprocess.Popen[Any]]") -> None:
+    """Ends this process in one line soon after one of the `children` failed; in a child, after its parent is gone."""
+    global _parent
+    if not children:
+        _parent = os.getppid()
+    threading.Thread(target=_look, args=(children,), daemon=True, name="watch").start()
+
+
+def _look(children: "Sequence[subprocess.Popen[Any]]") -> None:
+    while not (any(child.poll() for child in children) or (not children and _parent_is_dead())):
+        if children and all(child.poll() == 0 for child in children):
+            return
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    time.sleep(SECONDS_TO_END)
+    if children or os.environ.get("LOCAL_RANK") == "1":
+        ended = {f"rank {k + 1} ended with {child.poll()}" for k, child in enumerate(children) if child.poll()}
+        print(f"error: {GONE} ({', '.join(sorted(ended)) or 'the main one'})", file=sys.stderr, flush=True)
+    for child in children:
+        child.kill()
+    os._exit(1)
 
 
 def device_of(name: str) -> "torch.device":

@@ -25,6 +25,7 @@ from pdistill.commands.settings import conf
 from pdistill.commands.steps_key import steps_is_a_key
 from pdistill.commands.stopping import end_on_signals, requeued, what_remains
 from pdistill.errors import Interrupted, UserError
+from pdistill.faults import Fault, in_words
 from pdistill.processes import is_main
 
 COMPOSED = ("train", "distill", "evaluate", "sample")  # by Hydra, from conf/<command>.yaml
@@ -95,7 +96,8 @@ def run(command: str, subcommand: bool = False) -> None:
 def _plain(command: str, arguments: list[str]) -> None:
     end_on_signals(what_remains(command))
     try:
-        importlib.import_module(f"pdistill.commands.{command}").main(arguments)
+        with in_words(command, "use a smaller batch, or a device with more"):
+            importlib.import_module(f"pdistill.commands.{command}").main(arguments)
     except (*USER_ERRORS, Interrupted) as error:
         _fail(error)
 
@@ -107,7 +109,7 @@ def _fail(error: BaseException) -> NoReturn:
     cause = cause_of(error)
     restarts = isinstance(error, Interrupted) and any(re.match(r"\+*overwrite=true", w, re.I) for w in sys.argv)
     what_follows = ", if overwrite=true is left out" if restarts else requeued(error)
-    if is_main():
+    if is_main() or isinstance(cause, Fault):
         print(f"error: {one_line(error)}{what_follows}", file=sys.stderr)
     sys.exit(getattr(cause, "exit_code", 2))
 

@@ -42,6 +42,7 @@ class Job:
             optimizer=instantiate(self.settings.optimizer),
             seed=self.settings.seed,
             label_dropout=self.settings.label_dropout,
+            skips=self.settings.skip_nonfinite_in_a_row if self.settings.skip_nonfinite else None,
             lora_rank=self.settings.lora.rank if isinstance(self.settings, Distill) else None,
             execution=Execution(**{f.name: getattr(self.settings, f.name) for f in fields(Execution)}),
         )

@@ -25,6 +25,7 @@ from pdistill.commands import run_directory
 from pdistill.commands.complaints import USER_ERRORS, cause_of, not_installed, one_line
 from pdistill.commands.stopping import end_where_nothing_does, requeued, what_remains
 from pdistill.errors import Interrupted, UserError, first_line
+from pdistill.faults import in_words
 from pdistill.files import locked, read_json, write_json
 from pdistill.processes import is_main
 from pdistill.registry import import_parts
@@ -41,7 +42,8 @@ def job(command: str) -> Callable[[DictConfig], float | None]:
 
     def run(cfg: DictConfig) -> float | None:
         import_parts(cfg.get("imports") or [])
-        return importlib.import_module(f"pdistill.commands.{command}").main(cfg)
+        with in_words(command, "use a smaller batch_size, or a device with more"):
+            return importlib.import_module(f"pdistill.commands.{command}").main(cfg)
 
     return run
 

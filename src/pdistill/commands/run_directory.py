@@ -21,7 +21,7 @@ from pdistill import __version__
 from pdistill.commands.identity import digest_of_denoiser, is_imported
 from pdistill.commands.settings import conf
 from pdistill.errors import UserError
-from pdistill.files import read_json, whole, write_json
+from pdistill.files import read_json, remove_partial, whole, write_json
 from pdistill.processes import is_main
 from pdistill.report import choices
 from pdistill.report.choices import MOVED, NO_DIFFERENCE
@@ -253,7 +253,9 @@ class Writing:
             ) from error
         if cfg.overwrite and (directory / "config.yaml").exists():
             shutil.rmtree(directory)
+        os.register_at_fork(after_in_child=self.close)  # those that make batches outlive a killed process for a while
         directory.mkdir(exist_ok=True)
+        remove_partial(directory)
         if not (directory / "run.json").exists():
             hydra = HydraConfig.get() if HydraConfig.initialized() else None
             write_json(

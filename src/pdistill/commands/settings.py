@@ -63,6 +63,10 @@ class Train(Execution):
     """Share of labels hidden from a conditional network, for `sample.py guidance=...`."""
     max_batch_per_device: int | None = None
     """More images than this are taken in several parts, their gradients added up; null: no limit."""
+    skip_nonfinite: bool = False
+    """Leave out updates whose gradient is not finite, as the authors' code can; false: the first ends the run."""
+    skip_nonfinite_in_a_row: int = 30
+    """With skip_nonfinite: so many in a row end the run."""
     start: str | None = None
     """A denoiser directory whose weights the teacher's training starts from; with teacher=..., the first student's."""
     allow_unstable: bool = False
@@ -90,6 +94,7 @@ class Train(Execution):
             whole("samples_every_n_updates", self.samples_every_n_updates, 1)
         if self.max_batch_per_device is not None:
             whole("max_batch_per_device", self.max_batch_per_device, 1)
+        whole("skip_nonfinite_in_a_row", self.skip_nonfinite_in_a_row, 1)
         number("label_dropout", self.label_dropout, 1)
         if self.label_dropout and not self.conditional:
             raise UserError(f"label_dropout={self.label_dropout} hides labels that nobody reads: add conditional=true")

@@ -28,6 +28,8 @@ NO_DIFFERENCE = (  # keys and groups that say where a run is, or who watches, an
     "gradient_checkpointing",
     "matmul_precision",
     "allow_unstable",
+    "skip_nonfinite",  # a run that ends without it ends alike with it
+    "skip_nonfinite_in_a_row",
     "dataset.cache",
 )
 PATH_OF_DATA = "dataset.path"  # of no interest where run.json knows the data by their content

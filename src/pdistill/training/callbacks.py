@@ -1,6 +1,7 @@
 """Lightning callbacks: what is logged, and when training is kept or stopped."""
 
 import signal
+import sys
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from pdistill import processes
 from pdistill.errors import Interrupted, UserError
+from pdistill.training.nonfinite import Skips
 
 LOGSNR_EDGES = (-15.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0)  # eight bins over [-20, 20]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -46,14 +48,16 @@ class PerUpdate(Callback):
 class TrainingLog(PerUpdate):
     """Logs loss, its mean in eight bins of logsnr, gradient norm, learning rate and images/s under `prefix`/.
 
-    Stops the training with a UserError at the first loss or gradient that is not finite. Everything is summed up on the
-    device and read once every `log_every_n_steps` updates, when the sums of all processes are joined; on a single CPU,
-    where reading is free, losses are looked at in each update.
+    Stops the training with a UserError at the first loss or gradient that is not finite, or, with `skips`, at so many
+    updates in a row that were left out because of their gradient; what is left out does not count in the loss.
+    Everything is summed up on the device and read once every `log_every_n_steps` updates, when the sums of all
+    processes are joined; on a single CPU, where reading is free, losses are looked at in each update.
     """
 
-    def __init__(self, prefix: str, images_per_update: int) -> None:
+    def __init__(self, prefix: str, images_per_update: int, skips: int | None = None) -> None:
         self.prefix = prefix
         self.images_per_update = images_per_update
+        self.skips = None if skips is None else Skips(prefix, skips)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts with empty sums."""
@@ -70,16 +74,21 @@ class TrainingLog(PerUpdate):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds the batch's losses to the sums of their bins."""
-        losses, logsnr = outputs["losses"], outputs["logsnr"]
+        losses, logsnr = outputs["losses"].float(), outputs["logsnr"]
         bins = torch.bucketize(logsnr.clamp(-20, 20).to(self.edges.dtype), self.edges)
-        self.loss_sum.index_add_(0, bins, losses.float())
-        self.count.index_add_(0, bins, torch.ones_like(losses, dtype=torch.float32))
+        ones = torch.ones_like(losses)
+        if self.skips is not None:
+            losses, ones = (torch.where(losses.isfinite(), values, 0.0) for values in (losses, ones))
+        self.loss_sum.index_add_(0, bins, losses)
+        self.count.index_add_(0, bins, ones)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_update(self, trainer: Any, pl_module: Any, update: int) -> None:
         self.updates += 1
         gradient = pl_module.gradient_norm
-        if pl_module.loss_scaler is not None:  # which looks for a scale that overflows seldom
+        if self.skips is not None:
+            self.skips.add(pl_module.bad, update)
+        if self.skips is not None or pl_module.loss_scaler is not None:  # which looks for a scale that overflows seldom
             gradient = torch.zeros_like(gradient)
         bad = torch.cat([self.loss_sum, gradient[None]]).isfinite().logical_not()
         self.first_bad = torch.where(bad, self.first_bad.clamp(max=update), self.first_bad)
@@ -90,11 +99,24 @@ class TrainingLog(PerUpdate):
             self._log(trainer, pl_module, update)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the updates since the last line of the log, before anything is saved."""
+        """Looks at the updates since the last line of the log, before anything is saved; tells of those left out."""
         self.refuse_nonfinite()
+        if self.skips is not None and (line := self.skips.told()) and processes.is_main():
+            print(line, file=sys.stderr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was left out until now."""
+        return {} if self.skips is None else {"left_out": self.skips.counts.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Counts on."""
+        if self.skips is not None and "left_out" in state_dict:
+            self.skips.counts = torch.tensor(state_dict["left_out"])
 
     def refuse_nonfinite(self) -> None:
         """Raises UserError on every process if a loss or gradient of any was not finite; all must call it at once."""
+        if self.skips is not None:  # alike on all processes: their gradient is one
+            self.skips.refuse_a_long_row()
         first_bad = torch.tensor(processes.gather(self.first_bad.tolist())).amin(0)
         if first_bad.isinf().all():
             return
@@ -102,7 +124,8 @@ class TrainingLog(PerUpdate):
         where = f"logsnr in [{bin_name(k).replace('_', ', ')}]" if k < 8 else "in the gradient"
         raise UserError(
             f"{self.prefix}: the loss is not finite at update {int(first_bad[k])}, {where}. Checkpoints from before "
-            f"are kept; lower the learning rate, or use another parameterization, weighting or precision"
+            f"are kept; lower the learning rate, use another parameterization, weighting or precision, or leave such "
+            f"updates out with skip_nonfinite=true"
         )
 
     def _log(self, trainer: Any, pl_module: Any, update: int) -> None:
@@ -115,6 +138,8 @@ class TrainingLog(PerUpdate):
             "learning_rate": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
             "images_per_second": self.updates * self.images_per_update / seconds,
         }
+        if self.skips is not None:
+            values["skipped_updates"] = self.skips.total
         values |= {f"loss_by_logsnr/{bin_name(k)}": sums[k] / counts[k] for k in range(8) if counts[k]}
         for logger in trainer.loggers:
             logger.log_metrics({f"{self.prefix}/{k}": float(v) for k, v in values.items()}, step=update)

@@ -1,10 +1,12 @@
 """Checkpoints of a stage: written whole, with the one before kept; and what must fit when one is resumed."""
 
+import hashlib
+import os
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -12,10 +14,11 @@ from lightning.fabric.plugins import CheckpointIO
 
 from pdistill import __version__, processes
 from pdistill.errors import UserError, first_line
-from pdistill.files import whole
+from pdistill.files import remove_partial, whole
 from pdistill.training.settings import Execution
 
 ROUNDING = {key: str(getattr(Execution(), key)) for key in ("compile", "channels_last", "matmul_precision")}
+SEAL = b"pdistill sha256 "
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
 
 
@@ -31,6 +34,7 @@ class WholeCheckpoints(CheckpointIO):
         try:
             with whole(path) as temporary:
                 torch.save(checkpoint, temporary)
+                _seal(temporary)
                 if path.exists():
                     path.replace(path.with_name(PREVIOUS))
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
@@ -71,13 +75,6 @@ def there_is_one(directory: Path) -> bool:
     return processes.of_main((directory / LAST).exists() or (directory / PREVIOUS).exists())
 
 
-def remove_partial(directory: Path) -> None:
-    """Removes the files of a stage, and of its film, that killed processes left half written."""
-    for file in [*directory.glob(".*.partial"), *directory.glob("*/.*.partial")]:
-        if file.is_file():
-            file.unlink(missing_ok=True)
-
-
 def _chosen(path: Path) -> Path | str:
     """The whole one of a checkpoint and its predecessor; a message if there is none. A damaged one is put aside."""
     previous = path.with_name(PREVIOUS)
@@ -99,12 +96,47 @@ def _fault(file: Path) -> str | None:
     """What is wrong with a file that torch.save wrote, by its own checksums; None if nothing is."""
     if not file.exists():
         return "missing"
+    if _is_changed(file):
+        return "damaged (its content is not what was written)"
     try:
         with zipfile.ZipFile(file) as content:
             broken = content.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except Exception as error:  # zipfile's, of many kinds
         return f"damaged ({first_line(error)})"
     return None if broken is None else f"damaged (in {broken})"
+
+
+def _seal(file: Path) -> None:
+    """Puts a digest of all that torch.save wrote at its end, where a zip file may have a comment.
+
+    Its own checksums are of its records; a table of contents with a flipped bit is read as it stands, or ends torch.
+    """
+    with file.open("r+b") as content:
+        end = content.seek(-2, os.SEEK_END)
+        content.write((len(SEAL) + 64).to_bytes(2, "little") + SEAL)
+        digest = _digest(content, end + 2 + len(SEAL))
+        content.seek(0, os.SEEK_END)
+        content.write(digest)
+
+
+def _is_changed(file: Path) -> bool:
+    """Whether a checkpoint that was sealed is not what was written; those of 0.2.0 were not."""
+    if not file.exists() or (size := file.stat().st_size) < len(SEAL) + 64:
+        return False
+    with file.open("rb") as content:
+        content.seek(size - 64 - len(SEAL))
+        seal, noted = content.read(len(SEAL)), content.read()
+        return seal == SEAL and _digest(content, size - 64) != noted
+
+
+def _digest(content: IO[bytes], size: int) -> bytes:
+    """64 hexadecimal digits of the first `size` bytes."""
+    digest = hashlib.sha256()
+    content.seek(0)
+    while part := content.read(min(2**20, size)):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode()
 
 
 class Batching(Callback):

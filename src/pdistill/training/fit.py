@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from lightning.pytorch.loggers import Logger
 from pdistill import processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
-from pdistill.files import write_json
+from pdistill.faults import in_words
+from pdistill.files import remove_partial, write_json
 from pdistill.training import checkpoint, devices, execution
 from pdistill.training.callbacks import ResumableCheckpoint, TrainingLog
 from pdistill.training.cost import Cost
@@ -70,7 +72,7 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
     check_choice(len(module.decays), settings.metric is not None)
     directory = settings.directory
     path = directory / checkpoint.LAST
-    log, cost = TrainingLog(settings.prefix, data.batch_size), Cost(data.batch_size)
+    log, cost = TrainingLog(settings.prefix, data.batch_size, module.recipe.skips), Cost(data.batch_size)
     callbacks: list[Callback] = [log, cost, checkpoint.Batching(), *settings.callbacks]
     if settings.metric is not None and settings.measure_every_n_updates:
         watch = Watch(directory, settings.prefix, settings.measure_every_n_updates)
@@ -88,9 +90,10 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
         start_processes(trainer)
         if processes.is_main():
             directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.remove_partial(directory)
+            remove_partial(directory)
         resumes = checkpoint.there_is_one(directory)
-        with execution.running(module, mixed="mixed" in str(trainer.precision)):
+        running = execution.running(module, mixed="mixed" in str(trainer.precision))
+        with in_words(settings.prefix, _smaller(data.batch_size, trainer)), running:
             trainer.fit(module, data, ckpt_path=str(path) if resumes else None, weights_only=True)
     choice = choose_ema(module, settings, trainer) if len(module.emas) > 1 else None
     result = devices.whole(trainer, module.result).cpu()
@@ -101,6 +104,18 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
         result.save(directory / "denoiser", grid=settings.num_steps)
         checkpoint.WholeCheckpoints().remove_checkpoint(path)
     processes.barrier()
+
+
+def _smaller(batch_size: int, trainer: Trainer) -> str:
+    """What to do where the memory does not suffice."""
+    images = batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
+    advice = (
+        f"max_batch_per_device={images // 2} takes its {images} images in parts" if images > 1 else "a batch is one"
+    )
+    return (
+        f"{advice}{', and adds their gradients up' * (images > 1)}; gradient checkpointing, a smaller network or "
+        f"another precision need less, too. The same command continues from the last checkpoint"
+    )
 
 
 def check_choice(emas: int, measures: bool) -> None:
@@ -167,6 +182,15 @@ def start_processes(trainer: Trainer) -> None:
     else:
         launcher.launch(trainer.strategy.setup_environment)
         processes.remember_started(launcher)
+        _leave_the_dead_to_us()
+        processes.watch(getattr(launcher, "procs", []))
+
+
+def _leave_the_dead_to_us() -> None:
+    """Lightning's observer of its processes kills the others without a word where one has died: it gets none to see."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
 
 
 def accumulated_batches(

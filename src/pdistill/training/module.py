@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pdistill import lora
 from pdistill.denoiser import Denoiser
@@ -18,7 +17,7 @@ from pdistill.network import set_dropout
 from pdistill.optimizer import Factor, adamw
 from pdistill.randomness import Part, drawing, uniform
 from pdistill.sampling import Condition
-from pdistill.training import execution
+from pdistill.training import execution, nonfinite
 from pdistill.training.settings import Execution, Optimization
 from pdistill.weighting import weighted_loss
 
@@ -43,6 +42,8 @@ class Recipe:
     """Of a student's adapters, which alone are trained; None: the whole network is."""
     execution: Execution = field(default_factory=Execution)
     """How the networks are run, which changes no name and no meaning."""
+    skips: int | None = None
+    """Updates in a row that are left out where their gradient is not finite; None: the first ends the training."""
 
 
 class DenoisingModule(LightningModule):
@@ -62,6 +63,7 @@ class DenoisingModule(LightningModule):
         self.stage_index = stage
         self.lr_factor = lr_factor
         self.gradient_norm: Tensor | None = None
+        self.bad: Tensor | None = None  # whether the update is left out; None: none ever is
         set_dropout(denoiser.network, recipe.settings.dropout)
         self.decays = recipe.settings.decays(updates)
         copies = [copy.deepcopy(denoiser).requires_grad_(False) for _ in self.decays]
@@ -129,7 +131,7 @@ class DenoisingModule(LightningModule):
     def on_fit_start(self) -> None:
         weights = tuple(self.denoiser.parameters())  # listed once: walking the modules takes a millisecond
         pairs = zip(self.decays, self.emas, strict=True)
-        self.averages = [partial(get_ema_multi_avg_fn(d), tuple(ema.parameters()), weights, None) for d, ema in pairs]
+        self.averages = [partial(nonfinite.average, tuple(ema.parameters()), weights, d) for d, ema in pairs]
 
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
@@ -151,6 +153,10 @@ class DenoisingModule(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm: Any = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
         self.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of several devices' shares
+        if self.recipe.skips is not None:
+            self.bad = self.gradient_norm.isfinite().logical_not()
+            if scaler is None:  # which leaves such updates out itself
+                nonfinite.leave_out(optimizer, self.bad)
 
     @property
     def loss_scaler(self) -> torch.amp.GradScaler | None:
@@ -161,7 +167,7 @@ class DenoisingModule(LightningModule):
         # Not in on_train_batch_end: callbacks, and with them checkpoints, come before that hook of the module.
         super().optimizer_step(*args, **kwargs)
         for average in self.averages:
-            average()
+            average(self.bad)
 
 
 def _like(hidden: Tensor, tensor: Tensor) -> Tensor:
