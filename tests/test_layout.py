@@ -25,6 +25,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
     (
         "errors",
         "files",
+        "reading",
         "processes",
         "randomness",
         "registry",

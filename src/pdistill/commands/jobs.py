@@ -10,7 +10,6 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
 from pdistill.commands.complaints import USER_ERRORS, one_line
+from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, write_json
 from pdistill.registry import import_parts
 
@@ -109,6 +109,10 @@ def finish(sweep: Path) -> None:
 
     roots = [Path(o.partition("=")[2]) for o in sys.argv if o.startswith("output_root=")] or [Path("outputs")]
     folder = roots[0].expanduser() / ".multirun" / sweep.name
-    results: list[Any] = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    if results:
-        table.finish([table.Job.of_result(result) for result in results])
+    files = sorted(folder.glob("*.json"))
+    try:
+        found = [table.Job.of_result(read_json(file)) for file in files]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder} holds results that no job wrote ({first_line(error)}): delete it") from error
+    if found:
+        table.finish(found)
