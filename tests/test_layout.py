@@ -35,7 +35,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "metrics.settings",
     ),
     MATHS,
-    ("guided", "network", "denoiser", "heads", "lora"),
+    ("guided", "network", "claims", "denoiser", "heads", "lora"),
     ("interop",),
     ("storage",),
     ("steps", "optimizer", "dataset"),

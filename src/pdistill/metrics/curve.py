@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pdistill import processes
+from pdistill.checks import is_count
 from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
-from pdistill.metrics.provenance import is_count
 
 STUDENTS = "distilled"  # the curve of the students, each at its own step count
 PROVENANCE = "provenance"  # the one key of curve.json that is no sampler

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdistill import __version__
+from pdistill.checks import is_count
 from pdistill.errors import UserError
 from pdistill.files import read_json
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 Provenance = dict[str, Any]
 
-MOST_STEPS = 1_000_000  # of a sampler
 # Keys that are not only compared and shown, and what they may hold.
 KINDS: dict[str, Callable[[Any], bool]] = {
     "num_steps": lambda value: value is None or is_count(value),
@@ -34,11 +34,6 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 }
 # What must be equal for two metrics to be compared.
 MATTERS = ("extractor", "extractor_fingerprint", "reference_fingerprint", "num_samples", "clip", "precision")
-
-
-def is_count(value: object) -> bool:
-    """Whether it can be a number of steps."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_STEPS
 
 
 def is_provenance(value: object) -> bool:

@@ -18,10 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader
 
 from pdistill import __version__, registry
+from pdistill.checks import is_count
 from pdistill.denoiser import Denoiser
 from pdistill.errors import printable
 from pdistill.files import read_json
-from pdistill.metrics.provenance import are_measured, evaluations, is_count
+from pdistill.metrics.provenance import are_measured, evaluations
 from pdistill.report import tables
 from pdistill.report.choices import Config
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, run_json

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdistill.bars import bar
+from pdistill.checks import is_count
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.metrics.curve import STUDENTS, Curves, teacher_points
-from pdistill.metrics.provenance import are_measured, fingerprint_at, is_count, is_provenance
+from pdistill.metrics.provenance import are_measured, fingerprint_at, is_provenance
 from pdistill.reading import regular
 from pdistill.steps import TEACHERS, is_student
 
