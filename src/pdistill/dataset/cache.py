@@ -276,7 +276,7 @@ class _Maker:
         """Where an interrupted process stopped, or the beginning; written down before the first image is."""
         file = self.directory / "images.bin"
         size = file.stat().st_size if file.exists() else 0
-        progress = _json(self.directory / "progress.json")
+        progress: Any = _json(self.directory / "progress.json")
         if progress is None and size:
             raise UserError(f"{shown(file)} is there, and is no cache of pdistill's: give another dataset.cache=...")
         known = progress is not None and _is_progress(progress, self.total)

@@ -29,8 +29,10 @@ class Database:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-P", lmdb_reader.__file__, os.fspath(self.folder)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, start_new_session=True, bufsize=0, **pipes)  # not for Ctrl-C to end
+        pipe, none = subprocess.PIPE, subprocess.DEVNULL
+        self.process = subprocess.Popen(  # in a session of its own: Ctrl-C is not for it
+            command, bufsize=0, stdin=pipe, stdout=pipe, stderr=none, start_new_session=True
+        )
         told = json.loads(self._asked(b"i"))
         self.entries, self.transactions = int(told["entries"]), int(told["transactions"])
         return self

@@ -215,7 +215,8 @@ def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -
 
 
 def _check_size(name: str, config: dict[str, Any]) -> None:
-    if _is_size(size := config.get("sample_size")):
+    size: Any = config.get("sample_size")
+    if _is_size(size):
         claims.check_shape((1, *(size if isinstance(size, list) else (size, size))))
     else:
         raise UserError(

@@ -46,7 +46,7 @@ def stages_of(summary: dict[str, Any]) -> list[dict]:
         prefix, _, name = key.partition("/")
         if name and (prefix in TEACHERS or prefix.startswith("steps_")):
             stages.setdefault(prefix.replace("_", "-"), {})[name] = value
-    told = summary.get("provenance")  # an object of wandb's own, or a dict
+    told: Any = summary.get("provenance")  # an object of wandb's own, or a dict
     made_with = {"provenance": dict(told)} if hasattr(told, "keys") and is_provenance(dict(told)) else {}
     rows: list[dict[str, Any]] = [
         row | {"stage": stage, "num_steps": int(row["num_steps"])} | made_with
