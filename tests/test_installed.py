@@ -24,6 +24,7 @@ MODULE_OF = {  # a distribution's module, where the names differ
     "pillow": "PIL",
     "scikit-learn": "sklearn",
     "nvidia-ml-py": "pynvml",
+    "pyyaml": "yaml",
 }
 BY_OTHERS = {"tensorboard", "onnx", "onnxscript"}  # of Lightning's TensorBoardLogger, and of torch.onnx
 
