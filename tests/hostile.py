@@ -353,10 +353,10 @@ def make_results(folder: Path) -> None:
 
 
 def read_results(folder: Path) -> None:
-    from pdistill.commands import jobs
+    from pdistill.commands import sweep
 
     with contextlib.chdir(folder):
-        job = jobs.results_in(folder)
+        job = sweep.results_in(folder)
         assert all(j.place.parent.name for j in job)
 
 

@@ -10,7 +10,7 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,12 +18,8 @@ from omegaconf import DictConfig
 
 from pdistill.commands import run_directory
 from pdistill.commands.complaints import USER_ERRORS, one_line
-from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, write_json
 from pdistill.registry import import_parts
-
-if TYPE_CHECKING:
-    from pdistill.commands import sweep as table
 
 SWEEP = "PDISTILL_SWEEP"  # of a sweep's jobs, in whatever process: the directory of their results
 
@@ -107,22 +103,12 @@ def _outside_conf() -> list[str]:
     return [*(word for path in given for word in ("--config-dir", path)), *words]
 
 
-def results_in(folder: Path) -> "list[table.Job]":
-    """What jobs left there. Raises UserError for files that no job wrote."""
-    from pdistill.commands import sweep as table
-
-    try:
-        return [table.Job.of_result(read_json(file)) for file in sorted(folder.glob("*.json"))]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder} holds results that no job wrote ({first_line(error)}): delete it") from error
-
-
 def finish(sweep: Path) -> None:
     """The table over the jobs of a sweep, in whatever process they ran. Raises UserError if one failed."""
     from pdistill.commands import sweep as table
 
     roots = [Path(o.partition("=")[2]) for o in sys.argv if o.startswith("output_root=")] or [Path("outputs")]
     folder = roots[0].expanduser() / ".multirun" / sweep.name
-    found = results_in(folder)
-    if found:
-        table.finish(found)
+    results: list[Any] = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    if results:
+        table.finish([table.Job.of_result(result) for result in results])

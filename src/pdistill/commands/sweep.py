@@ -12,8 +12,8 @@ from typing import Any
 from pdistill.commands.arguments import Parser, directory_of, without_imports
 from pdistill.commands.run_directory import config_of
 from pdistill.commands.run_directory import directory_of as directory_of_run
-from pdistill.errors import UserError, printable
-from pdistill.files import digest_of, whole, write_text
+from pdistill.errors import UserError, first_line, printable
+from pdistill.files import digest_of, read_json, whole, write_text
 from pdistill.metrics.curve import STUDENTS, teacher_points
 from pdistill.metrics.provenance import comparable
 from pdistill.report import page, plots, tables, wandb
@@ -88,6 +88,14 @@ class Job:
         """Its error, or that it left no result: a job whose process was killed says nothing."""
         finished = self.elsewhere is not None or _finished(self.place)
         return self.error or (None if finished else NOT_FINISHED)
+
+
+def results_in(folder: Path) -> list[Job]:
+    """What the jobs of a sweep left there. Raises UserError for files that no job wrote."""
+    try:
+        return [Job.of_result(read_json(file)) for file in sorted(folder.glob("*.json"))]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder} holds results that no job wrote ({first_line(error)}): delete it") from error
 
 
 def finish(jobs: list[Job]) -> None:
