@@ -25,6 +25,7 @@ MODULE_OF = {  # a distribution's module, where the names differ
     "scikit-learn": "sklearn",
     "nvidia-ml-py": "pynvml",
     **dict.fromkeys(["hydra-submitit-launcher", "hydra-joblib-launcher", "hydra-optuna-sweeper"], "hydra_plugins"),
+    "pyyaml": "yaml",
 }
 BY_OTHERS = {"tensorboard", "onnx", "onnxscript"}  # of Lightning's TensorBoardLogger, and of torch.onnx
 

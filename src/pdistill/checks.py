@@ -4,11 +4,18 @@ import math
 
 from pdistill.errors import UserError
 
+MOST_STEPS = 1_000_000  # of a sampler
+
 
 def whole(key: str, value: object, least: int) -> None:
     """Raises UserError unless the value of the key is a whole number, at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{key}={value} must be a whole number, at least {least}")
+
+
+def is_count(value: object) -> bool:
+    """Whether it can be a number of steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_STEPS
 
 
 def number(key: str, value: object, limit: float = math.inf, null: bool = False) -> None:

@@ -17,6 +17,14 @@ class Interrupted(BaseException):
         self.signal = signal
 
 
+def printable(text: object) -> str:
+    """A text of unknown origin in one line: line breaks and what a terminal obeys become \\n, \\x1b, ..."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
     """The error in one line: its text's first line, or the name of its class."""
     lines = str(error).strip().splitlines()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pdistill.errors import UserError
+from pdistill.reading import json_of, text_of
 
 
 @contextlib.contextmanager
@@ -63,9 +64,9 @@ def remove_partial(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file, whole or not at all."""
+    """The file, whole or not at all; of names that are no UTF-8 the odd bytes as \\udce9."""
     with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -74,9 +75,12 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path, default: Any = None, cure: str = "delete it, and the command makes it again") -> Any:
-    """The content of a JSON file; `default` where there is none. Raises UserError, with the cure, if it is damaged."""
+    """The content of a JSON file; `default` where there is none. Raises UserError, with the cure, if it is damaged.
+
+    What counts as damaged, hostile content included, is in `reading`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(text_of(path))
     except FileNotFoundError:
         return default
     except ValueError as error:

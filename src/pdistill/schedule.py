@@ -206,7 +206,7 @@ class BetaSchedule(Schedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "alphas_cumprod", tuple(self.alphas_cumprod))
         values = self.alphas_cumprod
-        if len(values) < 2 or not (values[0] < 1 and values[-1] >= 0) or any(a <= b for a, b in pairwise(values)):
+        if len(values) < 2 or not (values[0] < 1 and values[-1] >= 0) or not all(a > b for a, b in pairwise(values)):
             raise ValueError("alphas_cumprod must be at least two values that fall from below 1, to 0 or above")
 
     def __call__(self, t: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from pdistill import lora, registry
+from pdistill import claims, lora, registry
 from pdistill import network as networks
+from pdistill.checks import is_count
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, whole_directory, write_json
 from pdistill.interop import stable_diffusion, students
+from pdistill.reading import tensors_of
 from pdistill.sampling import DDIM
 
 FORMAT = 2  # 1, of version 0.1.0, is read too
@@ -96,6 +97,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
         description = read_json(directory / "denoiser.json", cure="copy or train the denoiser again")
         if description is None:
             raise FileNotFoundError(2, "missing", str(directory / "denoiser.json"))
+        _check_values(description)
         if description["format"] not in (1, FORMAT):
             raise UserError(
                 f"{directory} has format {description['format']}; this version reads formats 1 and {FORMAT}: "
@@ -116,7 +118,7 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             network = stable_diffusion.read(directory)
         else:
             network = networks.rebuild(made)
-            network.load_state_dict(load_file(directory / WEIGHTS))
+            network.load_state_dict(tensors_of(directory / WEIGHTS))
         shape, guidance = description.get("image_shape"), description.get("guidance")
         denoiser = cls(
             network,
@@ -131,13 +133,16 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
             codec=stable_diffusion.Codec(directory) if made["name"] == networks.CONDITIONAL_UNET else None,
         )
         if (directory / lora.FILE).exists():
-            denoiser.adapters = lora.from_diffusers(load_file(directory / lora.FILE))
+            denoiser.adapters = lora.from_diffusers(tensors_of(directory / lora.FILE))
+        _check_parts(denoiser)
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} is not a denoiser directory: {error.filename} is missing. "
             f"Expected what `Denoiser.save` writes, e.g. outputs/<name>/teacher/denoiser"
         ) from error
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of values that no file of ours holds: diffusers', safetensors', torch's, a part's own
         raise UserError(
             f"{directory} is damaged or was written by another program ({type(error).__name__}: {first_line(error)}). "
             f"Copy or train it again"
@@ -145,6 +150,35 @@ def load(directory: Path, cls: type[D] = Denoiser) -> D:
     if not all(value.isfinite().all() for value in network.state_dict().values() if value.is_floating_point()):
         raise UserError(f"{directory} holds weights that are not finite (NaN or infinite): train it again")
     return denoiser.eval()
+
+
+def _check_values(description: Any) -> None:
+    """Raises ValueError where `denoiser.json` holds something else than `describe` writes."""
+    lineage, guidance = description["lineage"], description.get("guidance")
+    known = {
+        "num_steps": description["num_steps"] is None or is_count(description["num_steps"]),
+        "lineage": isinstance(lineage, list) and all(isinstance(word, str) or is_count(word) for word in lineage),
+        "null_label": description.get("null_label") is None or type(description["null_label"]) is int,
+        "guidance": guidance is None or (len(guidance) == 2 and 0 <= guidance[0] <= guidance[1] < math.inf),
+    }
+    if wrong := [key for key, fits in known.items() if not fits]:
+        raise ValueError(f"its {wrong[0]} is {str(description.get(wrong[0]))[:50]}")
+
+
+def _check_parts(denoiser: Denoiser) -> None:
+    """Raises ValueError where the parts of a denoiser cannot be of one and the same."""
+    shape, network = denoiser.image_shape, denoiser.network
+    claims.check_shape(shape)
+    claims.check_shape(denoiser.pixel_shape)
+    if isinstance(network, UNet2DModel | UNet2DConditionModel):
+        channels = network.config["in_channels"], network.config["out_channels"]
+        if channels != (shape[0], denoiser.parameterization.channels(shape[0])):
+            raise ValueError(f"its network takes and gives {channels} channels, for images of {shape[0]}")
+    labels = networks.num_class_embeds(network)
+    if denoiser.null_label is not None and not 0 <= denoiser.null_label < (labels or math.inf):
+        raise ValueError(f"its null_label is {denoiser.null_label}, of {labels} labels")
+    if denoiser.schedule(torch.linspace(0, 1, 5, dtype=torch.float64)).isnan().any():
+        raise ValueError("its schedule is not a number at some times")
 
 
 def fingerprint_of(directory: Path) -> str:

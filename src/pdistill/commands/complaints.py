@@ -8,7 +8,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from pdistill.commands import help as help_page
-from pdistill.errors import UserError
+from pdistill.errors import UserError, printable
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError)
 TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "bool": "true or false"}
@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
         text = str(cause)
     if "Original Traceback" in text:  # from a process that makes batches: its last line is the error itself
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split()) or type(cause).__name__
+    return printable(" ".join(text.split())) or type(cause).__name__
 
 
 EXTRAS = {"submitit_slurm": "launchers", "submitit_local": "launchers", "joblib": "launchers", "optuna": "optuna"}

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from pdistill import registry
 from pdistill.commands import run_directory
@@ -203,8 +202,9 @@ def dataset_of_run(run: Path) -> ImageSet:
 
     Nothing is imported because the file says so: the dataset must be built in or registered.
     """
-    whole: Any = OmegaConf.to_container(run_directory.config_of(run))
-    config: dict[str, Any] = whole.get("dataset") or {}
+    whole = run_directory.config_of(run)
+    config = whole.get("dataset")
+    config = config if isinstance(config, dict) else {}
     target = str(config.get("_target_"))
     part = _known_datasets().get(target)
     if part is None:
@@ -213,11 +213,11 @@ def dataset_of_run(run: Path) -> ImageSet:
             f"imports=[<the module that registers it>], or dataset=..."
         )
     try:
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        given = {key: value for key, value in config.items() if not str(key).startswith("_")}
         if config.get("_partial_"):  # dataset=none: of the samples of the run's teacher
             part = functools.partial(part, Denoiser.load(run / "teacher" / "denoiser"), whole["steps"]["plan"][0])
         data = part(**given)
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(
             f"{run}/config.yaml names the dataset {target} with arguments that it does not take "
             f"({first_line(error)}): give dataset=..."

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from pdistill.commands import launching
@@ -24,7 +23,7 @@ from pdistill.commands.settings import Evaluate, settings_of
 from pdistill.dataset import ImageSet
 from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
-from pdistill.errors import UserError, first_line
+from pdistill.errors import UserError, first_line, printable
 from pdistill.files import locked, read_json, write_json, write_text
 from pdistill.interop.diffusers import Pipeline
 from pdistill.metrics.classifier import Classifier, class_accuracy
@@ -32,6 +31,7 @@ from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measure
 from pdistill.metrics.extractors import build, metric_name
 from pdistill.metrics.provenance import (
     Provenance,
+    are_measured,
     current,
     drawn_by,
     guided_by,
@@ -44,7 +44,7 @@ from pdistill.metrics.reference import REFERENCE_FEATURES, chosen, reference
 from pdistill.metrics.shares import in_order, leads, my_batches, together
 from pdistill.processes import device_of, is_main, launched, of_main, remember_started
 from pdistill.report import plots
-from pdistill.report.tables import REAL, cells, curves
+from pdistill.report.tables import REAL, cells, curves, plain, terminal
 from pdistill.sampling import Draw, generate
 
 Row = dict[str, Any]
@@ -256,7 +256,7 @@ class Rows:
     def read(self) -> list[Row]:
         """Raises UserError for a file that is damaged."""
         rows = read_json(self.file, [])
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and "provenance" in row for row in rows):
+        if not are_measured(rows):
             raise UserError(f"{self.file} holds no rows of metrics: move it away, or give another name=...")
         return rows
 
@@ -277,8 +277,8 @@ class Rows:
             rows = current(self.read())
             headings, lines, notes = cells(rows)
             rule = ["---", *["---:"] * (len(headings) - 1)]
-            table = ["| " + " | ".join(row) + " |" for row in (headings, rule, *lines)]
-            write_text(self.file.with_suffix(".md"), "\n".join([*table, "", *notes]).rstrip() + "\n")
+            table = ["| " + " | ".join(map(plain, row)) + " |" for row in (headings, rule, *lines)]
+            write_text(self.file.with_suffix(".md"), "\n".join([*table, "", *map(plain, notes)]).rstrip() + "\n")
             metric, found = curves(rows)
             if metric and (any(len(points) > 1 for points in found.values()) or len(found) > 1):
                 plots.plot(found, metric, self.file.with_suffix(".png"))
@@ -289,14 +289,8 @@ class Rows:
 def show(file: Path) -> None:
     """Prints the rows of an evaluation as a table."""
     headings, lines, notes = cells(current(Rows(file).read()))
-    table = Table(title=file.stem)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
     console = Console()
     console.width = max(console.width, 140)
-    console.print(table)
-    for note in notes:
-        console.print(note, soft_wrap=True)
-    console.print(f"metrics with their provenance: {file} and .md", soft_wrap=True)
+    console.print(terminal(headings, lines, title=file.stem))
+    for note in [*notes, f"metrics with their provenance: {file} and .md"]:
+        console.print(printable(note), soft_wrap=True, markup=False)

@@ -6,13 +6,11 @@ import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from omegaconf import OmegaConf
 
 from pdistill.commands.arguments import Parser, directory_of, without_imports
 from pdistill.commands.contenders import run_of
@@ -89,12 +87,18 @@ def find(source: str, stage: str | None = None) -> Model:
     elif stage is not None:
         raise UserError(f"{source} is a denoiser, not a run of several stages: leave out --stage={stage}")
     run = run_of(path)
-    config: Any = {} if run is None else OmegaConf.to_container(config_of(run))
+    config = {} if run is None else config_of(run)
     return Model(Denoiser.load(path), path, run, config)
 
 
 def fill(folder: Path, model: Model, made: ModelCard) -> None:
     """Puts into an empty folder the denoiser's files, pictures and the card."""
+    for file in model.directory.rglob("*"):
+        if file.is_symlink() or not (file.is_file() or file.is_dir()):
+            raise UserError(
+                f"{file} is a link, or no file: what it leads to may be nobody's business. Push a copy of the "
+                f"denoiser, made by cp -rL"
+            )
     shutil.copytree(model.directory, folder, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
     for name, picture in model.pictures.items():
         shutil.copyfile(picture, folder / name)

@@ -12,6 +12,7 @@ from pdistill.commands.run_directory import typed_overrides
 from pdistill.errors import UserError
 from pdistill.files import read_json
 
+LARGEST, MOST_LEVELS = 2**16, 16  # of images, and of halvings of an autoencoder: more is refused with the teacher
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 OF_THE_TEACHER = "of the teacher"  # what the groups that a diffusers model replaces say in config.yaml and run.json
 PARAMETERIZATIONS = {"sample": "X", "v_prediction": "V"}  # a student of another one predicts v
@@ -37,11 +38,14 @@ def read_recipe(cfg: DictConfig) -> None:
         name = "Flow" if flow else PARAMETERIZATIONS.get(kind, "V")
         OmegaConf.update(cfg, "parameterization", {"_target_": f"pdistill.parameterization.{name}"}, merge=False)
     size = unet.get("sample_size")
-    if isinstance(size, list) and len(set(size)) == 1:
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
+    size = size if isinstance(size, int) and 0 < size <= LARGEST else None
     follows = {"image_size": size, "image_channels": unet.get("in_channels")}
     if vae and isinstance(size, int):  # of text to image: what the latents stand for
-        follows = {"image_size": size * 2 ** (len(vae.get("block_out_channels", "8888")) - 1)}
+        blocks = vae.get("block_out_channels")
+        levels = min(len(blocks), MOST_LEVELS) if isinstance(blocks, list) else 4
+        follows = {"image_size": size * 2 ** (levels - 1)}
         follows["image_channels"] = vae.get("in_channels", 3)
     for key, value in follows.items():
         if isinstance(value, int) and key in (cfg.dataset or {}) and f"dataset.{key}" not in typed:

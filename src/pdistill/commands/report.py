@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from pdistill.commands.arguments import Parser, directory_of, without_imports
-from pdistill.errors import UserError
+from pdistill.errors import UserError, printable
 from pdistill.files import read_json
 from pdistill.report import page, tables, wandb
+from pdistill.report.runs import is_row
 
 WANDB = "wandb:"
 
@@ -38,10 +39,10 @@ def show(directory: Path) -> None:
     """Prints the table of a finished run (steps, quality, time, speed-up over the teacher) and its report's path."""
     summary = directory / "summary.json"
     rows = read_json(summary)
-    if not isinstance(rows, list):
+    if not isinstance(rows, list) or not all(map(is_row, rows)):
         raise UserError(f"{summary} is no list of stages: delete it, and the run's command makes it again")
     console = Console()
     console.print(tables.terminal(*tables.stages(rows), title=str(directory)))
     for note in tables.stage_notes(rows):
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(printable(note), soft_wrap=True, markup=False)
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True, markup=False)

@@ -6,6 +6,7 @@ were chosen in each group, and what the given teacher and the data were, by thei
 
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -20,11 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from pdistill import __version__
 from pdistill.commands.identity import digest_of_denoiser, is_imported
 from pdistill.commands.settings import conf
-from pdistill.errors import UserError
+from pdistill.errors import UserError, first_line
 from pdistill.files import read_json, remove_partial, whole, write_json
 from pdistill.processes import is_main
+from pdistill.reading import text_of
 from pdistill.report import choices
 from pdistill.report.choices import MOVED, NO_DIFFERENCE
+from pdistill.report.runs import rows_of
 from pdistill.steps import TEACHERS
 
 # Groups that say what is computed; the others say where, or who watches.
@@ -43,6 +47,7 @@ ALWAYS_NAMED = ("dataset", "parameterization", "weighting", "schedule", "steps")
 # Keys that change nothing in the result, and so may differ when a run is resumed.
 UNCOMPARED = (*NO_DIFFERENCE, "trainer", "callbacks")
 BY_CONTENT = ("teacher", "dataset.path", "dataset.cache", "start")  # paths: what they lead to is compared instead
+MOST_YAML = 1024**2  # bytes of a config.yaml, which has some thousand
 LONGEST_NAME = 120  # W&B takes 128 characters
 SWEPT = "PDISTILL_SWEPT"  # of a sweep's jobs, in whatever process: the keys that differ between them
 
@@ -138,7 +143,7 @@ def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
             f"{directory} is an unfinished run of version {facts['version']}, which version {__version__} cannot "
             f"resume: finish it with that version, choose another name=..., or overwrite=true to start again"
         )
-    ours, theirs = (flat(c) for c in (cfg, config_of(directory)))
+    ours, theirs = flat(cfg), _flat(config_of(directory))
     theirs = {k: v for k, v in _defaults(cfg).items() if k in ours} | theirs
     keys = ours.keys() | theirs.keys() if facts["version"] == __version__ else ours.keys() & theirs.keys()
     differing = [
@@ -190,18 +195,25 @@ def check_data(directory: Path, fingerprint: str) -> None:
         )
 
 
-def config_of(directory: Path) -> DictConfig:
-    """The configuration of a run, in today's words. Raises UserError where there is none, or it is damaged."""
+def config_of(directory: Path) -> dict[str, Any]:
+    """The configuration of a run, in today's words, as plain data. Raises UserError for a missing or damaged one.
+
+    Nothing in it is resolved or imported: it was written resolved, and "${oc.env:HOME}" in it is a text. Aliases, which
+    are not written either, are refused: a few lines of them can stand for more than any memory holds.
+    """
+    file = directory / "config.yaml"
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-        _with_todays_targets(loaded)
-        config = OmegaConf.create(loaded)  # type: ignore[arg-type]
+        text = text_of(file, MOST_YAML)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it holds aliases")
+        config: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        _with_todays_targets(config)
     except FileNotFoundError as error:
         raise UserError(f"{directory} is no run: it holds no config.yaml") from error
     except Exception as error:  # YAML's own, of many kinds
-        raise UserError(f"{directory / 'config.yaml'} is damaged: restore it, or delete the run") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{directory / 'config.yaml'} is damaged: restore it, or delete the run")
+        raise UserError(f"{file} is damaged ({first_line(error, 100)}): restore it, or delete the run") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is damaged: restore it, or delete the run")
     return config
 
 
@@ -210,21 +222,28 @@ def _with_todays_targets(node: Any) -> None:
     for key, value in node.items():
         if isinstance(value, dict):
             _with_todays_targets(value)
-        elif key in ("_target_", "path") and value in MOVED:
+        elif key in ("_target_", "path") and isinstance(value, str) and value in MOVED:
             node[key] = MOVED[value]
 
 
 def facts_of(directory: Path) -> dict[str, Any]:
     """The facts of a run; of one that version 0.1.0 wrote, the version alone."""
-    facts = read_json(directory / "run.json", cure="restore it, or give overwrite=true to start again")
-    return facts if isinstance(facts, dict) else {"version": "0.1.0"}
+    cure = "restore it, or give overwrite=true to start again"
+    facts = read_json(directory / "run.json", {"version": "0.1.0"}, cure)
+    if not isinstance(facts, dict) or not isinstance(facts.get("version"), str):
+        raise UserError(f"{directory / 'run.json'} is damaged (it says no version): {cure}")
+    return facts
 
 
 def flat(cfg: DictConfig) -> dict[str, str]:
     """What decides a run's result, as dotted keys; UNCOMPARED is left out."""
     container: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    unused = () if "teacher" in cfg else ("distillation",)  # of a run that trains a teacher alone
-    return choices.flat({k: v for k, v in container.items() if k not in (*UNCOMPARED, *unused)})
+    return _flat(container)
+
+
+def _flat(config: dict[str, Any]) -> dict[str, str]:
+    unused = () if "teacher" in config else ("distillation",)  # of a run that trains a teacher alone
+    return choices.flat({k: v for k, v in config.items() if k not in (*UNCOMPARED, *unused)})
 
 
 class Writing:
@@ -301,8 +320,7 @@ def _check_teacher(directory: Path, teacher: str | None, digest: str | None) -> 
 
 def last_metric(directory: Path) -> float | None:
     """The metric of the last stage that is finished: what a sweep optimises. None where nothing was measured."""
-    rows = [read_json(path) for path in sorted(directory.glob("*/metrics.json"))]
-    rows = [row for row in rows if isinstance(row, dict)]
+    rows = rows_of(directory)
     if not rows:
         return None
     last = min(rows, key=lambda row: (row["stage"] in TEACHERS, row["num_steps"]))

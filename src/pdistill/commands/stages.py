@@ -20,6 +20,7 @@ from pdistill.commands.settings import Distill, Train
 from pdistill.commands.teachers import images_of, predicting
 from pdistill.commands.timing import time_stages
 from pdistill.denoiser import Denoiser
+from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
 from pdistill.method.conversion import Conversion
 from pdistill.method.guidance import Guidance
@@ -28,6 +29,7 @@ from pdistill.parameterization import Parameterization
 from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
 from pdistill.report import page
 from pdistill.report.grids import nearest_neighbours, save_grid
+from pdistill.report.runs import is_row
 from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, GUIDED, Stage
 from pdistill.training import execution
@@ -203,6 +205,8 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
     directory = job.directory / name
     found = of_main(read_json(directory / "metrics.json") if is_main() else None)
     if found is not None:
+        if not is_row(found) or found["stage"] != name or found["num_steps"] != num_steps:
+            raise UserError(f"{directory / 'metrics.json'} is no row of {name}: delete it and run the command again")
         return found
     denoiser = Denoiser.load(directory / "denoiser").to(job.device)
     row: dict[str, Any] = {"stage": name, "num_steps": num_steps}
@@ -265,7 +269,7 @@ def _measure_teacher(job: Job) -> None:
 
 def _draw_neighbours(job: Job, row: dict[str, Any]) -> None:
     """neighbours.png: has the last student memorised images?"""
-    denoiser = Denoiser.load(job.directory / row["denoiser"]).to(job.device)
+    denoiser = Denoiser.load(job.directory / row["stage"] / "denoiser").to(job.device)
     drawn = generate(denoiser, range(NEIGHBOURS_OF), Draw(row["num_steps"], job.settings.seed), job.device)
     samples = torch.cat(list(drawn))
     rows = torch.cat([samples[:, None], nearest_neighbours(samples, job.data.images)], 1).transpose(0, 1)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pdistill.commands.arguments import Parser, directory_of, without_imports
 from pdistill.commands.run_directory import config_of
-from pdistill.errors import UserError
-from pdistill.files import digest_of, whole, write_text
+from pdistill.commands.run_directory import directory_of as directory_of_run
+from pdistill.errors import UserError, first_line, printable
+from pdistill.files import digest_of, read_json, whole, write_text
 from pdistill.metrics.curve import STUDENTS, teacher_points
 from pdistill.metrics.provenance import comparable
 from pdistill.report import page, plots, tables, wandb
@@ -60,12 +59,13 @@ class Job:
 
     @property
     def place(self) -> Path:
-        return self.directory or Path("outputs", self.name)
+        name = "wandb" if self.elsewhere is not None else self.name  # whatever somebody called it is no path
+        return self.directory or Path("outputs", name)
 
     @classmethod
     def of_result(cls, result: dict[str, Any]) -> "Job":
         """From what a job leaves in a file: name, output_root, groups (their choices), choices (typed), and error."""
-        directory = Path(result["output_root"]).expanduser() / result["name"]
+        directory = directory_of_run(result["name"], result["output_root"])
         chosen = {k: str(v) for k, v in (result["groups"] | result["choices"]).items()}
         return cls(result["name"], chosen, result["error"], directory)
 
@@ -90,6 +90,14 @@ class Job:
         return self.error or (None if finished else NOT_FINISHED)
 
 
+def results_in(folder: Path) -> list[Job]:
+    """What the jobs of a sweep left there. Raises UserError for files that no job wrote."""
+    try:
+        return [Job.of_result(read_json(file)) for file in sorted(folder.glob("*.json"))]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder} holds results that no job wrote ({first_line(error)}): delete it") from error
+
+
 def finish(jobs: list[Job]) -> None:
     """Writes the table of a sweep, beside its runs, and prints where; raises UserError if a job failed, after writing.
 
@@ -103,7 +111,7 @@ def finish(jobs: list[Job]) -> None:
     with whole(directory / "ablation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, headings)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     table = tables.over_seeds(rows, apart=(OTHERWISE, FAILED))
     text = "\n".join(tables.markdown(*table))
     write_text(directory / "ablation.md", text + "\n")
@@ -117,6 +125,11 @@ def finish(jobs: list[Job]) -> None:
     failed = [job for job in jobs if job.failure]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}")
+
+
+def _cell(value: str | float) -> str | float:
+    """A value that a spreadsheet shows, and does not compute."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "@", "+", "\t", "\r")) else value
 
 
 def collect(sources: list[str]) -> list[Job]:
@@ -181,8 +194,7 @@ def _config(directory: Path) -> Config | None:
     """A run's configuration; None where there is none. Raises UserError for one that is damaged."""
     if not (directory / "config.yaml").is_file():
         return None
-    config: Any = OmegaConf.to_container(config_of(directory))
-    return config
+    return config_of(directory)
 
 
 def _finished(directory: Path) -> bool:
@@ -193,14 +205,16 @@ def _finished(directory: Path) -> bool:
 
 def _of_wandb(run: Any) -> Found:
     """A run of W&B. It is finished if its last stage is there: W&B's word is "finished" for interrupted runs, too."""
-    config, stages = dict(run.config), wandb.stages_of(dict(run.summary))
+    config, stages, name = dict(run.config), wandb.stages_of(dict(run.summary)), printable(run.name)
     if "parameterization" not in config:
-        return Found(run.name, {}, {}, "no run of pdistill", elsewhere=[])
-    plan = (config.get("steps") or {}).get("plan") or [None]
+        return Found(name, {}, {}, "no run of pdistill", elsewhere=[])
+    steps = config.get("steps")
+    plan = (steps.get("plan") if isinstance(steps, dict) else None) or [None]
+    plan = plan if isinstance(plan, list) else [None]
     last = f"steps-{plan[-1]:04d}" if "teacher" in config and isinstance(plan[-1], int) else "teacher"
     finished = any(stage["stage"] == last for stage in stages)
     state = "" if run.state == "finished" else f" ({run.state})"
-    return Found(run.name, config, {}, None if finished else NOT_FINISHED + state, elsewhere=stages)
+    return Found(name, config, {}, None if finished else NOT_FINISHED + state, elsewhere=stages)
 
 
 Row = dict[str, "str | float"]

@@ -1,10 +1,10 @@
 """ImageNet at 64x64, from JPEGs or npz batches, and LSUN, from its lmdb exports."""
 
 import functools
+import importlib.util
 import io
 import os
 import threading
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from pdistill.bars import bar
 from pdistill.dataset.cache import Source, cached_images, identity_of
 from pdistill.dataset.folders import image_files, is_hidden
 from pdistill.dataset.images import ImageSet
-from pdistill.dataset.pixels import Transform
+from pdistill.dataset.lmdbs import Database
+from pdistill.dataset.pixels import Transform, open_picture
 from pdistill.dataset.settings import location, reason, shown
+from pdistill.dataset.zips import array_in, opened
 from pdistill.errors import UserError
 from pdistill.files import digest_of
+from pdistill.reading import regular
 
 
 def imagenet64(
@@ -53,10 +56,8 @@ def lsun(
 ) -> ImageSet:
     """One category of LSUN from its lmdb export `path`/<category>_train_lmdb, bilinear with antialiasing."""
     transform = Transform(image_size, 3, "bilinear")
-    try:
-        import lmdb
-    except ImportError as error:
-        raise UserError("LSUN's files are lmdb databases: pip install 'pdistill[lsun]'") from error
+    if importlib.util.find_spec("lmdb") is None:
+        raise UserError("LSUN's files are lmdb databases: pip install 'pdistill[lsun]'")
     wanted = f"{category}_train_lmdb"
     hint = f"give the folder LSUN was exported to, which holds {wanted}/data.mdb, dataset.path=<folder>"
     folder = location("path", path, hint) / wanted
@@ -66,12 +67,10 @@ def lsun(
         raise UserError(f"dataset.path={shown(path)} holds no {wanted}/data.mdb: {hint}") from error
     except OSError as error:
         raise UserError(f"dataset.path={shown(path)} cannot be read ({reason(error)}): {hint}") from error
-    try:
-        with lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False) as database:
-            source = _lmdb_images(database, folder, f"lsun:{category}")
-            return cached_images(source, transform, flips=flips, max_corrupt_fraction=max_corrupt_fraction, cache=cache)
-    except lmdb.Error as error:
-        raise UserError(f"{shown(folder)} is damaged ({reason(error)}): export or copy it again") from error
+    regular(folder / "data.mdb")
+    with Database(folder) as database:
+        source = _lmdb_images(database, folder, f"lsun:{category}")
+        return cached_images(source, transform, flips=flips, max_corrupt_fraction=max_corrupt_fraction, cache=cache)
 
 
 def _npz_batches(files: Sequence[Path]) -> Source:
@@ -85,8 +84,11 @@ def _npz_batches(files: Sequence[Path]) -> Source:
 
     @functools.lru_cache(2)
     def pixels_of(file: Path) -> np.ndarray:
-        with np.load(file) as batch:
-            return batch["data"].reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1)
+        with opened(os.fspath(file)) as batch:
+            data = array_in(batch, "data")
+        if data.dtype != np.uint8:
+            raise ValueError(f"{file.name} holds pixels of {data.dtype}, not uint8")
+        return data.reshape(-1, 3, 64, 64).transpose(0, 2, 3, 1)
 
     def open_image(i: int) -> Image.Image:
         k = int(np.searchsorted(starts, i, "right")) - 1
@@ -103,9 +105,12 @@ def _npz_batches(files: Sequence[Path]) -> Source:
 def _npz_labels(file: Path) -> np.ndarray:
     """int64 (N,), from 0."""
     try:
-        with np.load(file) as batch:
-            labels = batch["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        regular(file)
+        with opened(os.fspath(file)) as batch:
+            labels = array_in(batch, "labels")
+    except UserError:
+        raise
+    except Exception as error:  # zipfile's, zlib's and numpy's, of many kinds
         raise UserError(f"{shown(file)} is no batch of Downsampled ImageNet ({reason(error)})") from error
     if (
         labels.dtype.kind not in "iu"
@@ -123,35 +128,30 @@ def _npz_labels(file: Path) -> np.ndarray:
 class _Keys(Sequence):
     """The keys of an lmdb database, read when first asked for: there may be millions."""
 
-    def __init__(self, database: Any) -> None:
+    def __init__(self, database: Database) -> None:
         self.database = database
-        self.entries = database.stat()["entries"]
 
     @functools.cached_property
     def keys(self) -> list[bytes]:
-        with self.database.begin() as transaction:
-            keys = transaction.cursor().iternext(keys=True, values=False)
-            return list(bar(keys, "reading the keys", self.entries, unit="key"))
+        return list(bar(self.database.keys(), "reading the keys", self.database.entries, unit="key"))
 
     def __len__(self) -> int:
-        return self.entries
+        return self.database.entries
 
     def __getitem__(self, i: Any) -> Any:
         return os.fsdecode(self.keys[i])
 
 
-def _lmdb_images(database: Any, folder: Path, name: str) -> Source:
+def _lmdb_images(database: Database, folder: Path, name: str) -> Source:
     keys = _Keys(database)
     lock = threading.Lock()
 
     def open_image(i: int) -> Image.Image:
         with lock:
             key = keys.keys[i]
-        with database.begin() as transaction:
-            return Image.open(io.BytesIO(transaction.get(key)))
+        return open_picture(io.BytesIO(database.get(key)))
 
-    def content() -> str:
-        transactions = database.info()["last_txnid"]  # grows with every change
-        return digest_of([identity_of(folder / "data.mdb"), f"{len(keys)} {transactions}"])
+    def content() -> str:  # the number of transactions grows with every change
+        return digest_of([identity_of(folder / "data.mdb"), f"{len(keys)} {database.transactions}"])
 
     return Source(name, content(), content, keys, open_image)

@@ -7,7 +7,9 @@ it is being made, `progress.json` says how far it got, and the same command goes
 
 import contextlib
 import hashlib
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from pdistill.dataset.settings import flag, fraction, location, reason, shown
 from pdistill.errors import UserError
 from pdistill.files import cache_directory, digest_of, locked, read_json, write_json
 from pdistill.processes import is_main
+from pdistill.reading import array_of, regular
 
 FORMAT = 2  # 1: pdistill 0.1.0, which knew neither EXIF nor transparency nor 16 bits
 CHUNK = 256  # images between two notes of progress
@@ -147,10 +150,12 @@ def _is_complete(directory: Path, made_by: dict) -> bool:
 def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
     """(images, labels, digest). The pixels are read again only if the file was touched since it was written."""
     description = _json(directory / "cache.json")
+    if not _is_description(description):
+        raise _damaged(directory / "cache.json", "it does not say what a cache says")
     shape, file = tuple(description["shape"]), directory / "images.bin"
-    size = file.stat().st_size if file.exists() else 0
-    if size != np.prod(shape):
-        raise _damaged(file, f"{size} bytes instead of {np.prod(shape)}")
+    size = regular(file) if file.exists() else 0
+    if size != math.prod(shape):
+        raise _damaged(file, f"{size} bytes instead of {math.prod(shape)}")
     chain = bytes.fromhex(description["pixels"])
     mapped = np.memmap(file, np.uint8, "c", shape=shape)  # copy on write: torch wants a writable array
     if file.stat().st_mtime_ns != description["written"] and _chain_of(mapped) != chain:
@@ -159,12 +164,43 @@ def _load(directory: Path) -> tuple[Tensor, Tensor | None, str]:
     labels = None
     if description["made_by"]["labels"] is not None:
         try:
-            labels = torch.from_numpy(np.load(directory / "labels.npy"))
-        except (OSError, ValueError, EOFError) as error:
+            labels = torch.from_numpy(array_of(directory / "labels.npy", "int64", shape[:1]))
+        except (OSError, ValueError) as error:
             raise _damaged(directory / "labels.npy", reason(error)) from error
     if digest_of_chain(chain, shape[1:], labels) != description["digest"]:
         raise _damaged(directory / "labels.npy", "its content is not what was written")
     return images, labels, description["digest"]
+
+
+def _is_description(content: Any) -> bool:
+    """Whether it is what a finished cache says of itself; that its values are right, is for digests to tell."""
+    shape = content.get("shape")
+    return (
+        isinstance(shape, list)
+        and len(shape) == 4
+        and all(type(side) is int and side > 0 for side in shape)
+        and _is_hex(content.get("pixels"))
+        and "labels" in content["made_by"]
+        and {"digest", "written"} <= content.keys()
+    )
+
+
+def _is_progress(content: Any, total: int) -> bool:
+    """Whether it is what an unfinished cache of `total` images says of itself."""
+    done, kept, grey, skipped = (content.get(key) for key in ("done", "kept", "grey", "skipped"))
+    return (
+        all(type(number) is int for number in (done, kept, grey))
+        and 0 <= grey <= kept <= done <= total
+        and (_is_hex(content.get("pixels")) or content.get("pixels") == "")
+        and isinstance(skipped, list)
+        and all(isinstance(s, dict) and type(s.get("index")) is int and 0 <= s["index"] < total for s in skipped)
+        and len(skipped) == done - kept
+        and all({"name", "reason"} <= s.keys() for s in skipped)
+    )
+
+
+def _is_hex(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def _json(file: Path) -> Any:
@@ -240,10 +276,11 @@ class _Maker:
         """Where an interrupted process stopped, or the beginning; written down before the first image is."""
         file = self.directory / "images.bin"
         size = file.stat().st_size if file.exists() else 0
-        progress = _json(self.directory / "progress.json")
+        progress: Any = _json(self.directory / "progress.json")
         if progress is None and size:
             raise UserError(f"{shown(file)} is there, and is no cache of pdistill's: give another dataset.cache=...")
-        if progress is None or size < progress["kept"] * self.bytes_each:
+        known = progress is not None and _is_progress(progress, self.total)
+        if not known or size < progress["kept"] * self.bytes_each:
             progress = {"made_by": self.made_by, "done": 0, "kept": 0, "grey": 0, "pixels": "", "skipped": []}
             write_json(self.directory / "progress.json", progress)
         return progress

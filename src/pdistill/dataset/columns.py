@@ -2,13 +2,18 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from pdistill.dataset.pixels import open_picture
 from pdistill.dataset.settings import shown
+from pdistill.dataset.zips import MOST_BYTES
 from pdistill.errors import UserError
+from pdistill.reading import regular
 
+SCHEMES = {"hf", "https", "http", "zip", "tar", "gzip", "file"}  # of addresses in a table
 MAX_CLASSES = 100_000  # larger labels are some other number: the network has a row for each class
 
 
@@ -65,19 +70,31 @@ class Labels:
         return int(value)
 
 
+def _fetched(address: str) -> bytes:
+    """What a table names by an address: of the hub, the web, or inside of an archive there."""
+    import fsspec
+
+    schemes = {scheme for part in address.split("::") for scheme in [part.partition("://")[0]] if "://" in part}
+    if not schemes <= SCHEMES:
+        raise ValueError(f"addresses of {', '.join(sorted(schemes - SCHEMES))} are not read")
+    opened: Any = fsspec.open(address)
+    with opened as remote:
+        content = remote.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    return content
+
+
 def decode(encoded: dict | None) -> Image.Image:
     """The image, not yet loaded. Raises ValueError where there is none."""
     if encoded is None or (encoded["bytes"] is None and not encoded["path"]):
         raise ValueError("there is no image")
     try:
         if encoded["bytes"] is not None:
-            return Image.open(io.BytesIO(encoded["bytes"]))
+            return open_picture(io.BytesIO(encoded["bytes"]))
         if "://" in encoded["path"]:
-            import fsspec
-
-            opened: Any = fsspec.open(encoded["path"])
-            with opened as remote:
-                return Image.open(io.BytesIO(remote.read()))
-        return Image.open(encoded["path"])
+            return open_picture(io.BytesIO(_fetched(encoded["path"])))
+        regular(Path(encoded["path"]))
+        return open_picture(encoded["path"])
     except UnidentifiedImageError as error:
         raise ValueError("is no image, or of a format that cannot be decoded here") from error

@@ -1,7 +1,6 @@
 """Images in folders and zips: how their files are found, and what names their content."""
 
 import io
-import json
 import os
 import stat
 import string
@@ -17,10 +16,12 @@ from PIL import Image
 from pdistill.bars import bar
 from pdistill.dataset.cache import Source, cached_images
 from pdistill.dataset.images import ImageSet
-from pdistill.dataset.pixels import Transform
+from pdistill.dataset.pixels import BY_OTHERS, Transform, open_picture
 from pdistill.dataset.settings import location, reason, shown
+from pdistill.dataset.zips import opened, unpacked
 from pdistill.errors import UserError
 from pdistill.files import digest_of
+from pdistill.reading import json_of, regular
 
 # Endings that Pillow registers for what is no still picture, or what it can only write.
 NO_PICTURES = {
@@ -82,6 +83,7 @@ def image_files(path: str | None, name: str) -> Source:
     try:
         mode = root.stat().st_mode
         if not stat.S_ISDIR(mode):
+            regular(root)
             root.open("rb").close()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"dataset.path={shown(path)} is not a directory or zip: {hint}") from error
@@ -160,7 +162,7 @@ def _metadata(root: Path) -> dict[str, dict[str, Any]]:
     try:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                row = json.loads(line) if line.strip() else None
+                row = json_of(line) if line.strip() else None
                 if row is not None:
                     rows[row["file_name"]] = row
             except (ValueError, KeyError, TypeError) as error:
@@ -177,7 +179,7 @@ def _in_folder(root: Path) -> Callable[[], tuple[list[File], str, Callable[[str]
         ignored: Counter[str] = Counter()
         found = bar(_walk(os.fspath(root), "", (), ignored), "looking for images", unit="file")
         files = sorted(found, key=lambda file: file.name)
-        return files, _told(ignored), lambda name: Image.open(os.path.join(root, name))
+        return files, _told(ignored), lambda name: open_picture(os.path.join(root, name))
 
     return find
 
@@ -220,7 +222,7 @@ def _walk(folder: str, above: str, ancestors: tuple[tuple[int, int], ...], ignor
 def _in_zip(path: Path, hint: str) -> Callable[[], tuple[list[File], str, Callable[[str], Image.Image]]]:
     def find() -> tuple[list[File], str, Callable[[str], Image.Image]]:
         try:
-            archive, status = zipfile.ZipFile(path), path.stat()
+            archive, status = opened(os.fspath(path)), path.stat()
         except (zipfile.BadZipFile, ValueError, OSError) as error:
             raise UserError(f"dataset.path={shown(path)} is not a directory or zip: {hint}") from error
         ignored: Counter[str] = Counter()
@@ -238,7 +240,7 @@ def _in_zip(path: Path, hint: str) -> Callable[[], tuple[list[File], str, Callab
             File(name, f"{whole} {members[name].file_size} {members[name].CRC}", _undecodable(name))
             for name in sorted(members)
         ]
-        return files, _told(ignored), lambda name: Image.open(io.BytesIO(archive.read(members[name])))
+        return files, _told(ignored), lambda name: open_picture(io.BytesIO(unpacked(archive, members[name])))
 
     return find
 
@@ -248,7 +250,8 @@ def is_hidden(name: str) -> bool:
 
 
 def _is_decodable(suffix: str) -> bool:
-    return Image.registered_extensions().get(suffix) in Image.OPEN and suffix not in NO_PICTURES
+    kind = Image.registered_extensions().get(suffix)
+    return kind in Image.OPEN and kind not in BY_OTHERS and suffix not in NO_PICTURES
 
 
 def _is_picture(name: str) -> bool:

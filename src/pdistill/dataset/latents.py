@@ -6,6 +6,7 @@ holds it against the digests.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,10 +100,12 @@ def table(directory: Path, length: int, make: Callable[[slice], Tensor], title: 
     try:
         with locked(directory / ".lock"):
             notes = read_json(directory / NOTES, {"shape": None, "digests": [], "written": None})
+            if not isinstance(notes["digests"], list) or any(side < 1 for side in notes["shape"] or ()):
+                raise ValueError(f"{NOTES} does not say what a table says")
             if len(notes["digests"]) * CHUNK < length:
                 notes = _make(directory, length, make, notes, title)
             return _mapped(directory, length, notes)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the cache {directory} cannot be used ({type(error).__name__}: {error}): delete it to make it again, or "
             f"give another place for all, PDISTILL_CACHE=<directory>"
@@ -133,14 +136,14 @@ def _mapped(directory: Path, length: int, notes: dict) -> Tensor:
         raise _damaged(file, f"{size} bytes instead of {length * row}")
     rows = np.memmap(file, np.float16, "c", shape=(length, *notes["shape"]))  # torch wants a writable array
     if file.stat().st_mtime_ns != notes["written"]:
-        for k, digest in enumerate(notes["digests"]):
+        for k, digest in enumerate(notes["digests"][: -(-length // CHUNK)]):
             if hashlib.sha256(rows[k * CHUNK : (k + 1) * CHUNK].data).hexdigest() != digest:
                 raise _damaged(file, "its content is not what was written")
     return torch.from_numpy(rows)
 
 
 def _bytes_of_row(shape: Sequence[int] | None) -> int:
-    return 0 if shape is None else 2 * int(np.prod(shape))
+    return 0 if shape is None else 2 * math.prod(shape)
 
 
 def _damaged(file: Path, problem: str) -> UserError:

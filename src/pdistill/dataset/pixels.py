@@ -1,8 +1,10 @@
 """From an image file of whatever kind to a square of 8-bit pixels."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -10,6 +12,7 @@ from PIL import Image, ImageColor
 from pdistill.checks import whole
 from pdistill.dataset.settings import choice
 from pdistill.errors import UserError
+from pdistill.reading import MOST_PIXELS
 
 ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 GREY_MODES = {"1", "L", "LA", "La", "I", "F"}  # and all whose names begin with I;16
@@ -24,8 +27,30 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+BY_OTHERS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}  # by Ghostscript, Windows or plugins
+ROWS = 512  # of a large image that are computed on at once
+MOST_AT_ONCE = 4096  # rows; the sum of larger images is made in parts
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 WHITE_IS_ZERO = 0
+
+
+def open_picture(file: Any) -> Image.Image:
+    """A picture in a file, or in bytes, not yet decoded. Raises ValueError for one of more pixels than are decoded.
+
+    Formats are told by content, whatever a file is called; those that another program would have to draw are refused.
+    """
+    Image.init()
+    formats = [name for name in Image.ID if name not in BY_OTHERS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=formats)
+    _check_pixels(image)
+    return image
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} are more than {MOST_PIXELS:,} pixels")
 
 
 @dataclass(frozen=True)
@@ -69,14 +94,18 @@ def square_pixels(image: Image.Image, transform: Transform) -> tuple[np.ndarray,
     mode, full = image.mode, _range_of(image)
     _scale_transparent_level(image)
     image = _upright(image)
+    _check_pixels(image)  # icons hold pictures of other sizes than they say
+    if (side := min(image.size)) < size:
+        raise ValueError(f"{image.width}x{image.height} pixels, smaller than {size}x{size}")
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
+    square = image.crop((left, top, left + side, top + side)) if image.width != image.height else image
     square.info = image.info
     if mode[0] in "IF":
         square = _grey_to_8_bits(square, full)
     square = _opaque(square, transform.background)
     grey = mode in GREY_MODES or mode.startswith("I;16") or (mode in PALETTE_MODES and _is_grey(square))
-    square = square.convert("L" if transform.image_channels == 1 else "RGB")
+    wanted = "L" if transform.image_channels == 1 else "RGB"
+    square = square if square.mode == wanted else square.convert(wanted)
     pixels = RESIZERS[transform.resize](square, size).reshape(size, size, transform.image_channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), grey
 
@@ -115,17 +144,20 @@ def _range_of(image: Image.Image) -> tuple[float, bool] | None:
 
 
 def _grey_to_8_bits(image: Image.Image, full: tuple[float, bool] | None) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if not np.isfinite(values).all():
         raise ValueError("pixels that are not finite")
-    least, largest = values.min(), values.max()
+    least, largest = float(values.min()), float(values.max())
     white, inverted = full or (65535, False)
     if least < 0 or largest > white or (full is None and 0 < largest <= 255):
         raise ValueError(
             f"{'float' if image.mode == 'F' else 'integer'} pixels from {least:g} to {largest:g}, whose range is not "
             f"known ({'0 to 1' if image.mode == 'F' else f'0 to {white:g}'} is): convert it to 8 bits"
         )
-    pixels = np.rint((white - values if inverted else values) * (255 / white)).astype(np.uint8)
+    pixels = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), ROWS):  # in float64 all of them together take a lot of memory
+        rows = values[start : start + ROWS].astype(np.float64)
+        pixels[start : start + ROWS] = np.rint((white - rows if inverted else rows) * (255 / white))
     if isinstance(clear := image.info.get("transparency"), int):
         return Image.fromarray(np.stack([pixels, np.where(values == clear, 0, 255).astype(np.uint8)], -1))
     return Image.fromarray(pixels)
@@ -140,7 +172,8 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     if image.mode not in ALPHA_MODES and "transparency" not in image.info:
         return image
-    image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    image = image.convert("LA") if image.mode == "La" else image
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
     canvas = Image.new("RGB", image.size, ImageColor.getrgb(background)[:3])
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
@@ -163,8 +196,13 @@ def _overlaps(side: int, size: int) -> np.ndarray:
 def _area(square: Image.Image, size: int) -> np.ndarray:
     """The mean over the area that each target pixel covers, with fractional pixels at its edges."""
     weights = _overlaps(square.width, size)
-    pixels = np.asarray(square, np.float32).reshape(square.width, square.width, -1)  # (side, side, C)
-    columns = np.tensordot(weights, pixels, (1, 0))  # (size, side, C)
+    pixels = np.asarray(square).reshape(square.width, square.width, -1)  # (side, side, C)
+    if square.width <= MOST_AT_ONCE:
+        columns = np.tensordot(weights, pixels.astype(np.float32), (1, 0))  # (size, side, C)
+    else:
+        starts = range(0, square.width, ROWS)
+        parts = ((weights[:, k : k + ROWS], pixels[k : k + ROWS].astype(np.float32)) for k in starts)
+        columns = functools.reduce(np.add, (np.tensordot(weight, rows, (1, 0)) for weight, rows in parts))
     return np.rint(np.tensordot(weights, columns, (1, 1)).swapaxes(0, 1)).astype(np.uint8)
 
 

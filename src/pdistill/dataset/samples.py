@@ -11,6 +11,7 @@ from pdistill.dataset.batches import to_uint8
 from pdistill.dataset.images import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.files import cache_directory, locked, whole
+from pdistill.reading import array_of
 from pdistill.sampling import Draw, generate
 
 CHUNK = 250  # samples of a file
@@ -38,13 +39,22 @@ def teacher_samples(
     with locked(folder / ".lock"):
         for k in bar(range(-(-num_images // CHUNK)), "samples of the teacher", unit="batch"):
             file = folder / f"{k:05d}.npy"
-            if not file.exists():
+            drawn = _read(file, teacher.pixel_shape)
+            if drawn is None:
                 batches = generate(teacher.to(device), range(k * CHUNK, (k + 1) * CHUNK), draw, device)
                 drawn = torch.cat([to_uint8(batch).cpu() for batch in batches]).numpy()
                 with whole(file) as temporary, temporary.open("wb") as content:
                     np.save(content, drawn)
-            images.append(torch.from_numpy(np.load(file)))
+            images.append(torch.from_numpy(drawn))
     classes = teacher.num_classes
     labels = None if classes is None else torch.arange(num_images) % classes
     name = f"of {num_images} samples of the teacher"
     return ImageSet(name, torch.cat(images)[:num_images], labels, classes=classes)
+
+
+def _read(file: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """The samples of a file, uint8 (CHUNK, C, H, W); None where it is absent or damaged."""
+    try:
+        return array_of(file, "uint8", (CHUNK, *shape))
+    except (FileNotFoundError, ValueError):
+        return None

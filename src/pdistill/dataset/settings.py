@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pdistill.errors import UserError
+from pdistill.errors import UserError, printable
 
 
 def fraction(key: str, value: Any) -> float:
@@ -45,8 +45,11 @@ def location(key: str, value: Any, hint: str) -> Path:
 
 def shown(name: Any) -> str:
     """A name for a message: in one line, bytes that are not UTF-8 as \\xe9."""
-    text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    try:
+        text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # of no file: half a character, as JSON can say it
+        text = str(name)
+    return printable(text)
 
 
 def reason(error: BaseException) -> str:

@@ -12,10 +12,13 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from pdistill import claims
 from pdistill.bars import bar
+from pdistill.checks import is_count
 from pdistill.errors import UserError, first_line
 from pdistill.network import digest_of_weights, image_shape_of
 from pdistill.randomness import generator
+from pdistill.reading import json_of, text_of
 from pdistill.sampling import Draw
 
 
@@ -24,9 +27,36 @@ def is_pipeline(path: Path) -> bool:
     return (path / "model_index.json").exists() and not (path / "denoiser.json").exists()
 
 
+def _check_files(folder: Path) -> None:
+    """Raises ValueError for a pipeline that names code, or claims more than its files hold, before anything is made.
+
+    diffusers would import modules that model_index.json names, some versions also Python files in the folder.
+    """
+    index = json_of(text_of(folder / "model_index.json"))
+    kinds = {key: value for key, value in index.items() if not key.startswith("_") and isinstance(value, list)}
+    named = [index.get("_class_name"), *(word for kind in kinds.values() for word in kind[1:] if word is not None)]
+    if not all(isinstance(word, str) for word in named) or any(kind[:1] not in OF_DIFFUSERS for kind in kinds.values()):
+        raise ValueError("model_index.json names other code than diffusers' own, which never runs")
+    config, unet = json_of(text_of(folder / "unet" / "config.json")), folder / "unet"
+    if "auto_map" in config or config.get("_class_name") != "UNet2DModel":
+        raise ValueError(f"its network is a {config.get('_class_name')}, no UNet2DModel of diffusers")
+    claims.check_layers(config)
+    files = [file for file in unet.iterdir() if file.suffix in (".safetensors", ".bin")]
+    network: Any = UNet2DModel
+    claims.check_bytes(lambda: network.from_config(config), files)
+    size = config.get("sample_size")
+    claims.check_shape((1, *(size if isinstance(size, list) else (size, size))))
+    scheduler = json_of(text_of(folder / "scheduler" / "scheduler_config.json"))
+    if not is_count(scheduler.get("num_train_timesteps", 1000)):
+        raise ValueError(f"num_train_timesteps is {scheduler['num_train_timesteps']!r:.50}")
+
+
 def _steps(timesteps: Any = None, total: int | None = None) -> Any:
     """What pipelines show their steps with: it moves the bar of batches on."""
     return bar(() if timesteps is None else timesteps, "sampling by the pipeline", total, "step", within=True)
+
+
+OF_DIFFUSERS = (["diffusers"], [None], [])  # whose a component of model_index.json is
 
 
 class Pipeline:
@@ -42,6 +72,7 @@ class Pipeline:
         """Raises UserError for a directory that is damaged, and for pipelines that need more than noise."""
         diffusers.utils.logging.disable_progress_bar()
         try:
+            _check_files(Path(path))
             pipeline = diffusers.DiffusionPipeline.from_pretrained(str(path), low_cpu_mem_usage=False)
         except Exception as error:  # of other people's files: whatever diffusers, safetensors and torch raise
             raise UserError(

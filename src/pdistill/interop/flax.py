@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pdistill import claims
+from pdistill.checks import is_count
 from pdistill.denoiser import Denoiser
-from pdistill.errors import UserError
+from pdistill.errors import UserError, first_line
 from pdistill.network import unet
 from pdistill.parameterization import X, XEps
+from pdistill.reading import regular
 from pdistill.schedule import CosineSchedule
 
 NDARRAY, COMPLEX, NUMPY_SCALAR = 1, 2, 3  # Flax's msgpack extension types
@@ -62,23 +65,25 @@ def load_official_checkpoint(path: str | Path, image_size: int | None = None) ->
     """
     path = Path(path)
     content = _decode(path)
-    arrays = dict(_flatten(content["ema_params"]))
     try:
+        arrays = dict(_flatten(content["ema_params"]))
         architecture = infer_architecture(arrays)
         levels = len(architecture["ch_mult"])
         size = image_size or LOWEST_RESOLUTION * 2 ** (levels - 1)
         attended = architecture.pop("attn_levels")
+        if levels * architecture["num_res_blocks"] > claims.MOST_LAYERS or levels > claims.LISTED:
+            raise ValueError(f"its arrays are of {levels} levels of {architecture['num_res_blocks']} blocks")
         with torch.device("meta"):  # whatever sizes the file claims, nothing is allocated before they are checked
             network = unet(size, attn_resolutions=[size // 2**level for level in attended], **architecture)
         network.load_state_dict(_convert(arrays, network.state_dict(), levels), assign=True)
-    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError, UserError) as error:
+    except Exception as error:  # of shapes and names that are no such network's
         raise UserError(
-            f"{path} is not a checkpoint of the paper's UNet ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"{path} is not a checkpoint of the paper's UNet ({type(error).__name__}: {first_line(error)}): "
             f"expected one of the authors' files, such as cifar_8"
         ) from error
     parameterization = X() if architecture["out_channels"] == architecture["image_channels"] else XEps()
     steps = content.get("num_sample_steps")
-    steps = int(steps) if isinstance(steps, int | np.integer) and steps > 0 else None
+    steps = int(steps) if isinstance(steps, int | np.integer) and is_count(int(steps)) else None
     return Denoiser(network, parameterization, CosineSchedule(), steps, [path.stem]).eval()
 
 
@@ -130,13 +135,18 @@ def _decode(path: Path) -> dict:
         return array if code == NDARRAY else array[()]
 
     try:
+        regular(path)
         content = msgpack.unpackb(path.read_bytes(), ext_hook=extension, strict_map_key=False)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give one of the authors' checkpoint files"
         ) from error
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no Flax checkpoint ({type(error).__name__}: {error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # msgpack's and numpy's, of many kinds
+        raise UserError(
+            f"{path} is damaged or no Flax checkpoint ({type(error).__name__}: {first_line(error)})"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("ema_params"), dict):
         raise UserError(f"{path} is no checkpoint of the authors': it has no ema_params")
     return content

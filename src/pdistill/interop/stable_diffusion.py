@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Self
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor
 
+from pdistill import claims
 from pdistill.errors import UserError, first_line
 from pdistill.files import digest_of, digest_of_file, read_json, write_json
 from pdistill.interop.students import PREDICTION_TYPES, UNET_WEIGHTS, save_weights
 from pdistill.network import GUIDANCE_FEATURES
+from pdistill.reading import tensors_of
 from pdistill.schedule import BetaSchedule, betas
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ PROMPTS = "prompts.json"
 MOST_PROMPTS = 10_000  # that a directory keeps, evenly spread
 DECODED_AT_ONCE = 8  # images
 REMEMBERED = 256  # prompts whose embeddings are kept in memory
+WEIGHTS = (".safetensors", ".bin")
 COPIES = (".bin", ".msgpack", ".h5", ".ckpt")  # beside .safetensors
 GUIDANCE_IGNORED = "_takes_no_guidance"  # in unet/config.json: its input is for diffusers alone, and changes nothing
 WITHOUT_GUIDANCE = {"time_cond_proj_dim": None}
@@ -76,7 +78,10 @@ class Codec:
     def __init__(self, folder: Path, prompts: Sequence[str] | None = None) -> None:
         """Of a folder that `refusal` has nothing to say about. Prompts are by default those that it keeps."""
         self.folder = folder
-        self.prompts: list[str] = list(read_json(folder / PROMPTS, []) if prompts is None else prompts)
+        kept = read_json(folder / PROMPTS, [], "copy the folder again") if prompts is None else prompts
+        if isinstance(kept, str | dict) or not all(isinstance(prompt, str) for prompt in kept):
+            raise UserError(f"{folder / PROMPTS} is damaged: it is no list of texts; copy the folder again")
+        self.prompts: list[str] = list(kept)
         self._remembered: dict[str, Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -106,6 +111,8 @@ class Codec:
         diffusers.utils.logging.disable_progress_bar()
         options = {} if name == "tokenizer" else {"torch_dtype": torch.float32}
         try:
+            if name != "tokenizer":
+                self._check_claims(name, kind)
             loaded = kind.from_pretrained(str(self.folder / name), **options)
         except Exception as error:  # transformers', diffusers', safetensors' and torch's own
             raise UserError(
@@ -113,6 +120,14 @@ class Codec:
                 f"again"
             ) from error
         return loaded if name == "tokenizer" else loaded.eval().requires_grad_(False)
+
+    def _check_claims(self, name: str, kind: Any) -> None:
+        """Raises ValueError for a component that claims more than its weights' files can hold."""
+        config = _read(self.folder / name)
+        claims.check_layers(config)
+        known = getattr(kind, "config_class", None)  # of transformers' models
+        files = [file for file in _files(self.folder / name) if file.suffix in WEIGHTS]
+        claims.check_bytes(lambda: kind(known.from_dict(config)) if known else kind.from_config(config), files)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -160,9 +175,11 @@ class Codec:
 
 def pixel_shape_of(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of the images, by the two configurations."""
+    claims.check_layers(vae)
     size, factor = unet["sample_size"], 2 ** (len(vae["block_out_channels"]) - 1)
     height, width = size if isinstance(size, list) else (size, size)
-    return vae["in_channels"], height * factor, width * factor
+    claims.check_shape(shape := (vae["in_channels"], height * factor, width * factor))
+    return shape
 
 
 def is_text_to_image(index: dict[str, Any], unet: dict[str, Any]) -> bool:
@@ -237,12 +254,12 @@ def write(denoiser: "Denoiser", weights: dict[str, Tensor], metadata: dict[str, 
 
 def read(directory: Path) -> UNet2DConditionModel:
     """The network of a directory that `write` wrote."""
-    config, weights = _read(directory / "unet"), load_file(directory / UNET_WEIGHTS)
+    config, weights = _read(directory / "unet"), tensors_of(directory / UNET_WEIGHTS)
     if config.pop(GUIDANCE_IGNORED, False):
         config |= WITHOUT_GUIDANCE
         del weights[COND_PROJ]
-    network: Any = UNet2DConditionModel.from_config(config)
-    network.load_state_dict(weights)
+    claims.check_layers(config)
+    network: Any = claims.fitted(lambda: UNet2DConditionModel.from_config(config), weights)  # type: ignore[arg-type,return-value]
     return network
 
 

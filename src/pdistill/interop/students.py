@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.models.embeddings import Timesteps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from pdistill import guided
+from pdistill import claims, guided
 from pdistill.files import write_json
 from pdistill.guided import GuidedUNet2DModel
 from pdistill.heads import Heads, blocks
 from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
+from pdistill.reading import json_of, tensors_of, text_of
 from pdistill.sampling import DDIM, STOCHASTIC
 from pdistill.schedule import variance_preserving
 
@@ -101,16 +102,16 @@ def save_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def read_unet(directory: Path) -> UNet2DModel:
     """The continuous-time network of a directory that `write_unet`, of this version or an earlier one, wrote."""
-    config = json.loads((directory / "unet" / "config.json").read_text())
-    weights = load_file(directory / UNET_WEIGHTS)
+    config = json_of(text_of(directory / "unet" / "config.json"))
+    weights = tensors_of(directory / UNET_WEIGHTS)
     changed = config.pop(CONTINUOUS, EARLIER)
     if "time_embedding_type" in changed:
         del weights["time_proj.weight"]
     if "freq_shift" in changed:
-        weights |= load_file(directory / TIME_EMBEDDING)
-    kind = GuidedUNet2DModel if config.get("_class_name") == GuidedUNet2DModel.__name__ else UNet2DModel
-    network: Any = kind.from_config(config | changed)
-    network.load_state_dict(weights)
+        weights |= tensors_of(directory / TIME_EMBEDDING)
+    kind: Any = GuidedUNet2DModel if config.get("_class_name") == GuidedUNet2DModel.__name__ else UNet2DModel
+    claims.check_layers(config | changed)
+    network: Any = claims.fitted(lambda: kind.from_config(config | changed), weights)
     return network
 
 

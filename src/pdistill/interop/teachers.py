@@ -5,7 +5,6 @@ models. What cannot be read is refused by name, of a model on the hub before its
 unpickled but by torch's weights_only loading, and no remote code runs. docs/teachers.md has the table of what is read.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from pdistill import processes
+from pdistill import claims, processes
+from pdistill.checks import is_count
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line
 from pdistill.interop import stable_diffusion
 from pdistill.interop.hub import LAYOUT, WEIGHTS, fetch_components, fetch_weights, fetched
 from pdistill.parameterization import Eps, Flow, Parameterization, V, X
+from pdistill.reading import json_of, text_of
 from pdistill.schedule import BetaSchedule, DiscreteBetaSchedule, FlowSchedule, Schedule
 
 PREDICTIONS = {"epsilon": Eps, "sample": X, "v_prediction": V}
@@ -59,7 +60,15 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     alone, whose conditions its `codec` makes of prompts. Its lineage is ["diffusers:<hub id or folder name>"]. Raises
     UserError for what is missing, damaged or not supported.
     """
-    name = str(path)
+    try:
+        return _loaded(str(path), revision, null_label)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of values that are of another kind than diffusers writes
+        raise UserError(f"{path} is damaged ({_in_one_line(error)}): copy the folder again") from error
+
+
+def _loaded(name: str, revision: str | None, null_label: int | None) -> Denoiser:
     on_hub = not _is_folder(name)
     if not on_hub and revision is not None:
         raise UserError(f"{name} is a folder, and revision={revision} is for models on the hub: leave it out")
@@ -127,8 +136,8 @@ def _component(folder: Path, name: str, component: str, config: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json_of(text_of(file))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged ({first_line(error)}): copy the folder again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: expected a JSON object; copy the folder again")
@@ -206,7 +215,10 @@ def _refuse_network(name: str, config: dict[str, Any], null_label: int | None) -
 
 
 def _check_size(name: str, config: dict[str, Any]) -> None:
-    if not _is_size(config.get("sample_size")):
+    size: Any = config.get("sample_size")
+    if _is_size(size):
+        claims.check_shape((1, *(size if isinstance(size, list) else (size, size))))
+    else:
         raise UserError(
             f"{name} does not tell the size of its images (sample_size is {config.get('sample_size')!r}): write "
             f'"sample_size": 32, or [height, width], into its config.json'
@@ -226,7 +238,10 @@ def _network(name: str, unet: Path, kind: Any) -> Any:
         raise UserError(f"{name} holds no {WEIGHTS}.safetensors or .bin beside its config.json: copy the folder again")
     plain = any(".fp16" not in file for file in files)
     diffusers.utils.logging.disable_progress_bar()
+    config = _read(unet / "config.json")
     try:
+        claims.check_layers(config)
+        claims.check_bytes(lambda: kind.from_config(config), [unet / file for file in files])
         network, told = kind.from_pretrained(
             str(unet),
             variant=None if plain else "fp16",
@@ -261,6 +276,8 @@ def _schedule(name: str, scheduler: Path, config: dict[str, Any]) -> tuple[Sched
         raise _refusal(
             name, f"diffusers {diffusers.__version__} has no scheduler {kind}: save its betas as DDPMScheduler's"
         )
+    if not is_count(config.get("num_train_timesteps", 1000)):
+        raise _refusal(name, f"its num_train_timesteps is {config['num_train_timesteps']!r:.50}")
     try:
         loaded: Any = cls.from_pretrained(str(scheduler))  # type: ignore[attr-defined]
     except Exception as error:

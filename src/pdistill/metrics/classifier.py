@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pdistill.bars import bar
@@ -14,6 +14,7 @@ from pdistill.errors import UserError
 from pdistill.files import cache_directory, locked, whole
 from pdistill.processes import device_of
 from pdistill.randomness import generator
+from pdistill.reading import tensors_of
 
 MAX_UPDATES = 3000  # small datasets get their epochs, large ones no more than this
 SAVED_EVERY = 100  # updates
@@ -86,10 +87,11 @@ def train_classifier(
     recipe += f"-seed-{seed}-width-{width}" if (seed, width) != (0, WIDTH) else ""
     path = cache_directory() / f"{recipe}.safetensors"
     classifier = _fresh_classifier(data, seed, width)
-    weights = _load(path)
+    fresh = classifier.state_dict()
+    weights = _load(path, fresh)
     if weights is None:
         with locked(path.with_suffix(".lock")):  # whoever comes second finds the file
-            weights = _load(path)
+            weights = _load(path, fresh)
             if weights is None:
                 training = _Training(classifier, data, batch_size, learning_rate, path.with_suffix(".partial"), seed)
                 weights = training.run(updates, device_of(device))
@@ -106,12 +108,17 @@ def _fresh_classifier(data: ImageSet, seed: int, width: int) -> Classifier:
         return Classifier(data.image_shape[0], data.num_classes, width)
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file; None where it is absent or damaged."""
+def _load(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors of a safetensors file; None where it is absent, damaged, or holds others than `like`."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):
+        tensors = tensors_of(path)
+    except (OSError, ValueError, UserError, SafetensorError):
         return None
+    fits = tensors.keys() == like.keys() and all(
+        tensors[k].shape == v.shape and tensors[k].dtype == v.dtype and bool(tensors[k].isfinite().all())
+        for k, v in like.items()
+    )
+    return tensors if fits else None
 
 
 class _Training:
@@ -130,7 +137,7 @@ class _Training:
         classifier, labels_of_all = self.classifier.to(device).train(), self.data.labels
         assert labels_of_all is not None
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=self.learning_rate)
-        done = self._resume()
+        done = self._resume(updates)
         title = f"training the classifier of {self.data.name}"
         counted = bar((), title, updates, "update", initial=done, everywhere=True)  # one process trains it
         with counted, torch.enable_grad(), torch.inference_mode(False):
@@ -157,10 +164,13 @@ class _Training:
         with whole(self.path) as temporary:
             save_file(tensors, temporary, metadata={"update": str(update)})
 
-    def _resume(self) -> int:
-        """Updates that were done before; 0 where nothing was saved."""
-        tensors = _load(self.path)
-        if tensors is None:
+    def _resume(self, updates: int) -> int:
+        """Updates that were done before, of so many; 0 where nothing was saved."""
+        like = {f"weights {name}": p for name, p in self.classifier.named_parameters()}
+        like |= {f"{k} {name}": p for name, p in self.classifier.named_parameters() for k in ("exp_avg", "exp_avg_sq")}
+        like |= {f"step {name}": torch.zeros(()) for name, _ in self.classifier.named_parameters()}
+        tensors = _load(self.path, like)
+        if tensors is None or not all(0 < tensors[k] <= updates for k in tensors if k.startswith("step ")):
             return 0
         done = 0
         with torch.no_grad():

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pdistill import processes
+from pdistill.checks import is_count
 from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
 
@@ -29,7 +30,8 @@ def measure_teacher(
     """
     mine = {k: v for k, v in (made_with or {}).items() if k not in OF_A_POINT}
     points = processes.of_main(read_json(path, {}) if processes.is_main() else None)
-    if made_with is not None and points.get(PROVENANCE) != mine:
+    known = isinstance(points, dict) and all(isinstance(of_sampler, dict) for of_sampler in points.values())
+    if not known or (made_with is not None and points.get(PROVENANCE) != mine):
         points = {PROVENANCE: mine}
     for sampler in samplers:
         for num_steps in steps:
@@ -51,6 +53,9 @@ def teacher_points(run: Path) -> dict[str, dict[int, float]]:
         if not isinstance(points, dict):
             raise ValueError("no JSON object")
         samplers = {name: of_sampler for name, of_sampler in points.items() if name != PROVENANCE}
-        return {name: {int(n): value for n, value in of_sampler.items()} for name, of_sampler in samplers.items()}
+        found = {name: {int(n): value for n, value in of_sampler.items()} for name, of_sampler in samplers.items()}
+        if not all(map(is_count, (n for of_sampler in found.values() for n in of_sampler))):
+            raise ValueError("step counts that are none")
+        return found
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and the run's command makes it again") from error

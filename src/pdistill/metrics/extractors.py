@@ -105,11 +105,11 @@ class Inception(nn.Module):
         super().__init__()
         file = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name).expanduser()
         try:
-            if file.exists() or weights:
-                _check_digest(file)
-            self.network: Any = NoTrainInceptionV3(
-                "inception-v3-compat", ["2048"], weights and str(file), antialias=False
-            )
+            if not file.exists() and not weights:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file))
+            _check_digest(file)
+            self.network: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file), antialias=False)
         except OSError as error:  # of which the failures of a download are
             raise UserError(
                 f"Inception's weights are not available ({type(error).__name__}: {first_line(error)}): go online "
@@ -133,7 +133,7 @@ class Inception(nn.Module):
 
 
 def _check_digest(file: Path) -> None:
-    """The published file's name ends with the beginning of its SHA-256; unpickling any other is not safe."""
+    """The published file's name ends with the beginning of its SHA-256, 32 bits. torch-fidelity unpickles the file."""
     published = Path(URL_INCEPTION_V3).stem.rpartition("-")[2]
     digest = digest_of_file(file)
     if not digest.startswith(published):
@@ -141,6 +141,10 @@ def _check_digest(file: Path) -> None:
             f"{file} is damaged or holds other weights: its SHA-256 begins with {digest[:8]}, that of the published "
             f"{Path(URL_INCEPTION_V3).name} with {published}. Delete it and fetch that file again"
         )
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{file} holds more than weights, which never runs ({first_line(error, 100)})") from error
 
 
 def inception(data: ImageSet, weights: str | None = None) -> Inception:

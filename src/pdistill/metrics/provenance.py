@@ -5,10 +5,13 @@ and `denoiser_fingerprint`, and their `precision` is what was assumed, not what 
 """
 
 import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdistill import __version__
+from pdistill.checks import is_count
 from pdistill.errors import UserError
 from pdistill.files import read_json
 
@@ -20,8 +23,29 @@ if TYPE_CHECKING:
 
 Provenance = dict[str, Any]
 
+# Keys that are not only compared and shown, and what they may hold.
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "num_steps": lambda value: value is None or is_count(value),
+    "network_evaluations": lambda value: value is None or is_count(value),
+    "guidance": lambda value: isinstance(value, int | float) and math.isfinite(value),
+    "denoiser": lambda value: value is None or isinstance(value, str),
+    "denoiser_fingerprint": lambda value: value is None or isinstance(value, str),
+    "label": lambda value: isinstance(value, str),
+}
 # What must be equal for two metrics to be compared.
 MATTERS = ("extractor", "extractor_fingerprint", "reference_fingerprint", "num_samples", "clip", "precision")
+
+
+def is_provenance(value: object) -> bool:
+    """Whether it can be one, of whatever version: a dict whose keys, as far as they are here, hold what they may."""
+    return isinstance(value, dict) and all(known(value[key]) for key, known in KINDS.items() if key in value)
+
+
+def are_measured(rows: object) -> bool:
+    """Whether they can be the rows of an evaluation, each with its provenance and a label in it."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and is_provenance(row.get("provenance")) and "label" in row["provenance"] for row in rows
+    )
 
 
 def comparable(ours: Provenance, theirs: Provenance) -> list[str]:
@@ -153,8 +177,8 @@ def _is_orphan(row: dict[str, Any]) -> bool:
 
 def fingerprint_at(directory: Path) -> str | None:
     """The fingerprint of the denoiser or diffusers pipeline in a directory; None where nothing can be loaded."""
-    if not directory.is_dir():
-        return None
+    if not any((directory / name).is_file() for name in ("denoiser.json", "model_index.json")):
+        return None  # a row may name any directory, and what lies below it may be a whole disk
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     return _fingerprint_at(directory, tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 

@@ -20,6 +20,7 @@ from pdistill.metrics.extractors import fingerprint_of
 from pdistill.metrics.shares import in_order, leads, my_batches, together
 from pdistill.processes import gather, of_main, world_size
 from pdistill.randomness import generator
+from pdistill.reading import check_tensors
 
 REFERENCE_FEATURES = 50_000  # kept at most
 BATCH = 256
@@ -50,7 +51,7 @@ def reference(
     # While another process of another command measures the same, this one waits, unless others here wait for it.
     lock = locked(path.with_suffix(".lock"), wait=world_size() == 1) if leads() else contextlib.nullcontext()
     with lock if not path.exists() else contextlib.nullcontext():
-        found = _read(path, features) if leads() else None
+        found = _read(path, features, getattr(extractor, "num_features", None)) if leads() else None
         shared = of_main(None if found is None else (found.mean, found.covariance))
         if shared is not None:
             return found or Reference(*shared)
@@ -67,14 +68,20 @@ def _path(extractor: nn.Module, data: ImageSet) -> Path:
     return cache_directory() / f"reference-3-{extractor.name}-{key}.safetensors"
 
 
-def _read(path: Path, features: bool) -> Reference | None:
-    """None where the file is absent or damaged."""
+def _read(path: Path, features: bool, width: int | None) -> Reference | None:
+    """None where the file is absent or damaged, or holds something else than features of so many numbers."""
     try:
+        check_tensors(path)
         with safe_open(path, "pt") as file:
             kept = file.get_tensor("features") if features else None
-            return Reference(file.get_tensor("mean"), file.get_tensor("covariance"), kept)
-    except (OSError, SafetensorError):
+            found = Reference(file.get_tensor("mean"), file.get_tensor("covariance"), kept)
+    except (OSError, ValueError, UserError, SafetensorError):
         return None
+    width = width or found.mean.numel()  # of an extractor that does not say
+    fits = found.mean.shape == (width,) and found.covariance.shape == (width, width)
+    fits = fits and (kept is None or (kept.ndim == 2 and kept.shape[1] == width))
+    tensors = [t for t in (found.mean, found.covariance, kept) if t is not None]
+    return found if fits and all(t.is_floating_point() and bool(t.isfinite().all()) for t in tensors) else None
 
 
 @torch.inference_mode()

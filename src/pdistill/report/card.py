@@ -3,6 +3,7 @@
 A metric stands on it where its provenance says that it was measured of these very weights, by their fingerprint.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader
 
 from pdistill import __version__, registry
+from pdistill.checks import is_count
 from pdistill.denoiser import Denoiser
+from pdistill.errors import printable
 from pdistill.files import read_json
-from pdistill.metrics.provenance import evaluations
+from pdistill.metrics.provenance import are_measured, evaluations
 from pdistill.report import tables
 from pdistill.report.choices import Config
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, run_json
@@ -71,6 +74,7 @@ class Model:
     def num_steps(self) -> int:
         """The step count to sample with: a student's own, of a teacher that its pipeline was written for."""
         written_for = _object(self.directory / "denoiser.json").get("pipeline_steps")
+        written_for = written_for if is_count(written_for) else None
         return self.denoiser.num_steps or written_for or DEFAULT_GRID
 
     @property
@@ -90,7 +94,7 @@ class Model:
     @property
     def dataset(self) -> str | None:
         """The hub id of the run's dataset, where it came from there."""
-        node = self.config.get("dataset") or {}
+        node = _node(self.config, "dataset")
         return self._on_hub(node.get("path")) if node.get("_target_") == HUB_DATASET else None
 
     def _on_hub(self, name: object) -> str | None:
@@ -124,6 +128,7 @@ def make(model: Model, repo_id: str, license: str | None = None) -> ModelCard:
         **index,
     )
     environment = Environment(loader=PackageLoader("pdistill.report", "."), trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"plain": tables.plain, "quoted": json.dumps}
     body = environment.get_template("card.md.jinja").render(
         mark=MARK,
         repo_id=repo_id,
@@ -132,7 +137,7 @@ def make(model: Model, repo_id: str, license: str | None = None) -> ModelCard:
         facts=_facts(model),
         metrics="\n".join(tables.markdown(*_metrics(found))) if found else None,
         measured=_measured(found),
-        own_extractors=sorted({r.metric_args["extractor"] for r in found if r.metric_args} - {"inception"}),
+        own_extractors=sorted({str(r.metric_args["extractor"]) for r in found if r.metric_args} - {"inception"}),
         stages="\n".join(tables.markdown(*tables.stages(model.rows))) if model.rows else None,
         notes=tables.stage_notes(model.rows),
         pipeline=pipeline,
@@ -152,6 +157,7 @@ def results(model: Model) -> list[EvalResult]:
         made_with = row.get("provenance") or {}
         if made_with.get(KEY_OF_WEIGHTS) != model.fingerprint or not all(made_with.get(k) for k in REQUIRED):
             continue
+        reference = str(made_with["reference"])
         about = {k: v for k, v in made_with.items() if v is not None and k not in NOT_ABOUT}
         guided = f", guidance {made_with['guidance']:g}" if "guidance" in made_with else ""
         alike = tuple(sorted((k, str(v)) for k, v in about.items() if k not in ("version", "intervals")))
@@ -164,7 +170,7 @@ def results(model: Model) -> list[EvalResult]:
                 metric_value=row[key],
                 metric_name=f"{key}, {_steps(made_with['num_steps'])}{guided}, {made_with['num_samples']} samples",
                 metric_args=arguments,
-                **_reference(model, made_with["reference"]),
+                **_reference(model, reference),
             )
             found.setdefault((key, made_with["num_steps"], alike), result)
     return list(found.values())
@@ -178,7 +184,7 @@ def _evaluated(model: Model) -> list[dict]:
     name = model.run.resolve().name
     names = (name, f"{name}-{model.stage}")
     content = [read_json(folder / f"{name}.json", []) for name in names]
-    return [row for rows in content if isinstance(rows, list) for row in rows if isinstance(row, dict)]
+    return [row for rows in content if are_measured(rows) for row in rows]
 
 
 def _measured_keys(row: dict) -> list[str]:
@@ -190,12 +196,18 @@ def _measured_keys(row: dict) -> list[str]:
 
 def _reference(model: Model, reference: str) -> dict[str, Any]:
     """The images that were compared with: the run's dataset on the hub, or whatever has that name."""
-    node = model.config.get("dataset") or {}
+    node = _node(model.config, "dataset")
     if model.dataset and reference == f"huggingface:{Path(model.dataset).name}":
         kept = {"dataset_config": "subset", "dataset_split": "split", "dataset_revision": "revision"}
         known = {theirs: str(node[ours]) for theirs, ours in kept.items() if node.get(ours)}
         return {"dataset_type": model.dataset, "dataset_name": reference} | known
     return {"dataset_type": re.sub(r"[^\w.-]+", "-", reference).strip("-") or "images", "dataset_name": reference}
+
+
+def _node(config: Config, key: str) -> dict[str, Any]:
+    """A group's node of a configuration; empty where it is none."""
+    node = config.get(key)
+    return node if isinstance(node, dict) else {}
 
 
 def _steps(number: int) -> str:
@@ -214,7 +226,9 @@ def _tags(model: Model, pipeline: str | list[str] | None) -> Iterator[str]:
 
 def _pipeline_class(model: Model) -> str | list[str] | None:
     """What diffusers opens the directory with: its own class, [file, class] for one in the folder, None for nothing."""
-    return _object(model.directory / "model_index.json").get("_class_name")
+    named = _object(model.directory / "model_index.json").get("_class_name")
+    words = named if isinstance(named, list) and len(named) == 2 else [named]
+    return named if all(isinstance(word, str) and word.isidentifier() for word in words) else None
 
 
 def _code(model: Model, pipeline: str | list[str] | None) -> str | None:
@@ -241,16 +255,16 @@ def _facts(model: Model) -> list[tuple[str, str]]:
     """What the model is, as lines of a table."""
     denoiser = model.denoiser
     channels, height, width = denoiser.pixel_shape
-    lineage = [word if isinstance(word, str) else _steps(word) for word in denoiser.lineage]
+    lineage = [tables.plain(word) if isinstance(word, str) else _steps(word) for word in denoiser.lineage]
     facts = [
         ("images", f"{height}x{width}, {channels} channel{'s' * (channels > 1)}"),
         ("steps", str(denoiser.num_steps or f"any; the folder is written for {model.num_steps}")),
-        ("the network predicts", _in_words("parameterization", denoiser.parameterization)),
-        ("noise schedule", _in_words("schedule", denoiser.schedule)),
+        ("the network predicts", tables.plain(_in_words("parameterization", denoiser.parameterization))),
+        ("noise schedule", tables.plain(_in_words("schedule", denoiser.schedule))),
         ("lineage", " -> ".join(lineage)),
     ]
     if denoiser.sampler != DDIM:
-        facts.append(("sampler", denoiser.sampler))
+        facts.append(("sampler", tables.plain(denoiser.sampler)))
     if denoiser.num_classes is not None:
         facts.append(("classes", str(denoiser.num_classes)))
     if denoiser.guidance is not None:
@@ -298,7 +312,8 @@ def _made(model: Model) -> dict[str, str]:
     if not facts:
         return {}
     command = "distill" if "teacher" in model.config else "train"
-    words = [_without_place(str(word)) for word in facts.get("overrides") or []]
+    overrides = facts.get("overrides")
+    words = [_without_place(printable(word)) for word in (overrides if isinstance(overrides, list) else [])]
     return {
         "version": str(facts.get("version")),
         "command": shlex.join(["pdistill", command, *words]),

@@ -8,8 +8,10 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pdistill.errors import UserError, first_line, printable
 from pdistill.files import write_text
 from pdistill.metrics.provenance import comparable
+from pdistill.reading import regular, text_of
 from pdistill.report import plots, tables
 from pdistill.report.runs import (
     Frame,
@@ -28,6 +30,7 @@ from pdistill.steps import is_student
 COLUMNS = 12  # seeds on the comparison sheet
 PER_LINE = 8  # of the 64 pictures of samples.png, with a border of two pixels
 BORDER = 2
+MOST_PICTURE = 64 * 1024**2  # bytes of one on the page
 
 
 def comparison_sheet(directory: Path, rows: list[dict], columns: int = COLUMNS) -> None:
@@ -50,13 +53,17 @@ def comparison_sheet(directory: Path, rows: list[dict], columns: int = COLUMNS) 
 
 def _strip(grid: Path, columns: int) -> Image.Image:
     """The first pictures of a grid side by side."""
-    with Image.open(grid) as picture:
-        width, height = ((side - BORDER) // PER_LINE for side in picture.size)
-        strip = Image.new("RGB", (width * columns + BORDER, height + BORDER), "white")
-        for k in range(columns):
-            left, top = (k % PER_LINE) * width, (k // PER_LINE) * height
-            strip.paste(picture.crop((left, top, left + width + BORDER, top + height + BORDER)), (k * width, 0))
-    return strip
+    try:
+        regular(grid)
+        with Image.open(grid, formats=["PNG"]) as picture:
+            width, height = ((side - BORDER) // PER_LINE for side in picture.size)
+            strip = Image.new("RGB", (width * columns + BORDER, height + BORDER), "white")
+            for k in range(columns):
+                left, top = (k % PER_LINE) * width, (k // PER_LINE) * height
+                strip.paste(picture.crop((left, top, left + width + BORDER, top + height + BORDER)), (k * width, 0))
+        return strip
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{grid} is damaged ({first_line(error)}): delete it and its stage's metrics.json") from error
 
 
 def write(directories: list[Path], file: Path) -> None:
@@ -67,7 +74,7 @@ def write(directories: list[Path], file: Path) -> None:
     for directory in directories:
         check(directory)
     names = Counter(directory.name for directory in directories)
-    runs = [_of_run(d, d.name if names[d.name] == 1 else str(d)) for d in directories]
+    runs = [_of_run(d, printable(d.name if names[d.name] == 1 else d)) for d in directories]
     together, apart = _together(directories, [str(run["name"]) for run in runs])
     environment = Environment(loader=PackageLoader("pdistill.report", "."), autoescape=select_autoescape(default=True))
     name = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
@@ -101,7 +108,7 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
         "neighbours": _base64(neighbours) if neighbours.exists() else None,
         "provenance": tables.provenance(rows),
         "made": {k: str(v) for k, v in run_json(directory).items() if v is not None and not isinstance(v, dict | list)},
-        "config": (directory / "config.yaml").read_text(encoding="utf-8", errors="replace"),
+        "config": _text(directory / "config.yaml"),
     }
 
 
@@ -136,5 +143,14 @@ def _provenance(rows: list[dict]) -> dict:
     return rows[0].get("provenance") or {}
 
 
+def _text(file: Path) -> str:
+    try:
+        return text_of(file)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}): restore it, or delete the run") from error
+
+
 def _base64(picture: Path) -> str:
+    if regular(picture) > MOST_PICTURE:
+        raise UserError(f"{picture} has more than {MOST_PICTURE:,} bytes, too many for a page: delete it")
     return base64.b64encode(picture.read_bytes()).decode()

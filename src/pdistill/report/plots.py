@@ -8,12 +8,15 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import LogFormatter
 
+from pdistill.errors import printable
 from pdistill.files import whole
 from pdistill.metrics.curve import Curves
 
 LEGEND = 90  # characters that fit beside each other
+MOST_TICKS, MOST_LINES = 30, 60  # in one plot
 
 
 def drawable(curves: Curves) -> Curves:
@@ -32,9 +35,10 @@ def draw(curves: Curves, metric: str) -> Figure:
     curves = drawable(curves)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    for (name, points), marker in zip(curves.items(), cycle("osD^vPX<>"), strict=False):
+    for (name, points), marker in zip(list(curves.items())[:MOST_LINES], cycle("osD^vPX<>"), strict=False):
         steps = sorted(points)
-        (line,) = axis.plot(steps, [statistics.mean(points[n]) for n in steps], marker=marker, ms=4, label=name)
+        means = [statistics.mean(points[n]) for n in steps]
+        (line,) = axis.plot(steps, means, marker=marker, ms=4, label=_label(name))
         low, high = ([f(points[n]) for n in steps] for f in (min, max))
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
     axis.set_xscale("log", base=2)
@@ -43,13 +47,14 @@ def draw(curves: Curves, metric: str) -> Figure:
         axis.yaxis.set_major_formatter(LogFormatter())  # 4, not 4 x 10^0
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     ticks = sorted({n for points in curves.values() for n in points})
+    ticks = ticks[:: max(1, len(ticks) // MOST_TICKS)]
     axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.set_xlabel("network evaluations per image")
-    axis.set_ylabel(metric)
+    axis.set_ylabel(_label(metric), parse_math=False)
     axis.grid(alpha=0.3, which="both")
     if curves:
-        columns = max(1, min(3, len(curves), LEGEND // (max(map(len, curves)) + 6)))
-        figure.legend(loc="outside upper center", ncols=columns, fontsize="small", frameon=False)
+        columns = max(1, min(3, len(curves), LEGEND // (max(len(_label(name)) for name in curves) + 6)))
+        _as_it_stands(figure.legend(loc="outside upper center", ncols=columns, fontsize="small", frameon=False))
     return figure
 
 
@@ -57,13 +62,26 @@ def draw_losses(losses: dict[str, list[tuple[int, float]]]) -> Figure:
     """One line (update, loss) for each stage, logarithmic."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    for stage, points in losses.items():
+    for stage, points in list(losses.items())[:MOST_LINES]:
         updates, values = [n for n, v in points if v > 0], [v for _, v in points if v > 0]
-        axis.plot(updates, values, label=stage.replace("_", " "), lw=1, marker="." if len(updates) == 1 else "")
+        axis.plot(updates, values, label=_label(stage.replace("_", " ")), lw=1, marker="." if len(updates) == 1 else "")
     axis.set(yscale="log", xlabel="update", ylabel="loss")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", ncols=2)
+    if axis.lines:
+        _as_it_stands(axis.legend(fontsize="small", ncols=2))
     return figure
+
+
+def _label(name: str) -> str:
+    """What stands in a legend of a name that anybody may have given; matplotlib hides what begins with "_"."""
+    text = printable(name)
+    return (text if len(text) <= LEGEND else f"{text[:LEGEND]}...").lstrip("_") or "?"
+
+
+def _as_it_stands(legend: Legend) -> None:
+    """No formulas between dollars."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def save(figure: Figure, path: Path, dpi: int = 120, tight: bool = False) -> None:

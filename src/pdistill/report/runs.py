@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdistill.bars import bar
+from pdistill.checks import is_count
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.metrics.curve import STUDENTS, Curves, teacher_points
-from pdistill.metrics.provenance import fingerprint_at
+from pdistill.metrics.provenance import are_measured, fingerprint_at, is_provenance
+from pdistill.reading import regular
 from pdistill.steps import TEACHERS, is_student
 
+LONGEST_STEP = 16  # digits of an update
 KEY_OF_WEIGHTS = "denoiser_fingerprint"  # in a provenance since 0.2.0
 
 
@@ -44,10 +47,19 @@ def rows_of(directory: Path) -> list[dict]:
     rows = []
     for path in [p for name in (*TEACHERS, "parallel-*", "steps-*") for p in directory.glob(f"{name}/metrics.json")]:
         row = read_json(path)
-        if not (isinstance(row, dict) and "stage" in row and isinstance(row.get("num_steps"), int)):
-            raise UserError(f"{path} is damaged (it holds no stage and num_steps): delete it and run the command again")
+        if not is_row(row) or row["stage"] != path.parent.name:  # a path, which other files are found by
+            raise UserError(
+                f"{path} is damaged (no row of stage {path.parent.name} with its num_steps): delete it and run the "
+                f"command again"
+            )
         rows.append(row)
     return sorted(rows, key=place_in_table)
+
+
+def is_row(row: object) -> bool:
+    """Whether it can be the row of a stage."""
+    known = isinstance(row, dict) and isinstance(row.get("stage"), str) and is_count(row.get("num_steps"))
+    return known and (row.get("provenance") is None or is_provenance(row["provenance"]))  # type: ignore[union-attr]
 
 
 def check(directory: Path) -> None:
@@ -97,15 +109,20 @@ def ratios_of(*runs: Path) -> dict[int, list[float]]:
 def losses_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """Of each stage (update, loss), from what logger=csv wrote, restarts included; empty with another logger."""
     losses: dict[str, dict[int, float]] = {}
-    versions = [path for path in (directory / "csv").glob("version_*/metrics.csv") if path.parent.name[8:].isdigit()]
+    versions = [path for path in (directory / "csv").glob("version_*/metrics.csv") if path.parent.name[8:].isdecimal()]
     for path in sorted(versions, key=lambda path: int(path.parent.name[8:])):
+        regular(path)
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(line.replace("\0", "") for line in file):
-                step = row.get("step") or ""
-                for key, value in row.items():
-                    loss = _parsed(value) if key and key.endswith("/loss") and step.isdigit() else None
-                    if loss is not None:
-                        losses.setdefault(key.removesuffix("/loss"), {})[int(step)] = loss
+            rows = csv.DictReader(line.replace("\0", "") for line in file)
+            try:
+                for row in rows:
+                    step = row.get("step") or ""
+                    for key, value in row.items() if step.isdecimal() and len(step) < LONGEST_STEP else ():
+                        loss = _parsed(value) if key and key.endswith("/loss") else None
+                        if loss is not None:
+                            losses.setdefault(key.removesuffix("/loss"), {})[int(step)] = loss
+            except csv.Error as error:
+                raise UserError(f"{path} is damaged ({error}): delete it") from error
     return {stage: sorted(points.items()) for stage, points in losses.items()}
 
 
@@ -122,7 +139,7 @@ def film_of(directory: Path, row: dict) -> list[Frame]:
     """The frames of a stage in their order; the last is of the finished denoiser, whose metrics are in its row."""
     frames = []
     for picture in sorted((directory / row["stage"] / "film").glob("*.png")):
-        if picture.stem.isdigit():
+        if picture.stem.isdecimal() and len(picture.stem) < LONGEST_STEP:
             update = int(picture.stem)
             measured = row if update == row.get("updates") else _object(picture.with_suffix(".json"))
             values = {key: finite(measured.get(key)) for key in metric_keys([measured])}
@@ -138,7 +155,7 @@ def evaluation_of(directory: Path) -> list[dict]:
     """
     path = directory.parent / "evaluations" / f"{directory.name}.json"
     rows = read_json(path, [])
-    if not (isinstance(rows, list) and all(isinstance(row, dict) and "provenance" in row for row in rows)):
+    if not are_measured(rows):
         raise UserError(f"{path} is damaged (no list of rows with their provenance): delete it and evaluate again")
     known = any(row["provenance"].get(KEY_OF_WEIGHTS) for row in rows)
     present = _fingerprints(directory) if known else set()

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from pdistill.errors import printable
 from pdistill.metrics.curve import Curves
 from pdistill.metrics.provenance import comparable, evaluations
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys
@@ -31,12 +32,17 @@ def words(value: object, format_spec: str = ".4g", suffix: str = "") -> str:
     return "" if number is None else f"{number:{format_spec}}{suffix}"
 
 
+def plain(text: object) -> str:
+    """Text of unknown origin for Markdown: in one line, and neither HTML, a link nor a picture."""
+    return printable(text).replace("<", "&lt;").replace("](", "]\\(").replace("|", "\\|")
+
+
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, columns of numbers to the right."""
     columns = zip(*lines, strict=True) if lines else ([] for _ in headings)
     numeric = [all(c.strip("*+-")[:1].isdigit() for c in column if c) and any(column) for column in columns]
     rule = ["---:" if right else "---" for right in numeric]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (headings, rule, *lines)]
+    return ["| " + " | ".join(map(plain, row)) + " |" for row in (headings, rule, *lines)]
 
 
 def terminal(headings: Sequence[str], lines: Sequence[Sequence[str]], title: str) -> "Table":
@@ -44,11 +50,14 @@ def terminal(headings: Sequence[str], lines: Sequence[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title))
+    def text(words: str) -> Text:
+        return Text(printable(words))
+
+    table = Table(title=text(title))
     for heading in headings:
-        table.add_column(Text(heading), justify="left" if heading == headings[0] else "right", no_wrap=True)
+        table.add_column(text(heading), justify="left" if heading == headings[0] else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*map(text, line))
     return table
 
 

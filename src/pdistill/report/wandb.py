@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdistill.errors import UserError, first_line
-from pdistill.report.runs import finite, place_in_table
+from pdistill.metrics.provenance import is_provenance
+from pdistill.report.runs import finite, is_row, place_in_table
 from pdistill.steps import TEACHERS
 
 
@@ -45,13 +46,14 @@ def stages_of(summary: dict[str, Any]) -> list[dict]:
         prefix, _, name = key.partition("/")
         if name and (prefix in TEACHERS or prefix.startswith("steps_")):
             stages.setdefault(prefix.replace("_", "-"), {})[name] = value
-    made_with = {"provenance": dict(summary["provenance"])} if summary.get("provenance") else {}
+    told: Any = summary.get("provenance")  # an object of wandb's own, or a dict
+    made_with = {"provenance": dict(told)} if hasattr(told, "keys") and is_provenance(dict(told)) else {}
     rows: list[dict[str, Any]] = [
-        {"stage": stage} | row | {"num_steps": int(row["num_steps"])} | made_with
+        row | {"stage": stage, "num_steps": int(row["num_steps"])} | made_with
         for stage, row in stages.items()
         if finite(row.get("num_steps"))
     ]
-    return sorted(rows, key=place_in_table)
+    return sorted(filter(is_row, rows), key=place_in_table)
 
 
 def build(project: Project, metrics: list[str]) -> Any:

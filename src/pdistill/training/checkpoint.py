@@ -13,12 +13,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 
 from pdistill import __version__, processes
-from pdistill.errors import UserError, first_line
+from pdistill.errors import UserError, first_line, printable
 from pdistill.files import remove_partial, whole
+from pdistill.reading import regular
 from pdistill.training.settings import Execution
 
 ROUNDING = {key: str(getattr(Execution(), key)) for key in ("compile", "channels_last", "matmul_precision")}
 SEAL = b"pdistill sha256 "
+KINDS = {"state_dict": dict, "loops": dict, "optimizer_states": list, "global_step": int}  # of a checkpoint's parts
 LAST, PREVIOUS, DAMAGED = "last.ckpt", "previous.ckpt", "damaged.ckpt"
 
 
@@ -55,12 +57,15 @@ class WholeCheckpoints(CheckpointIO):
         if isinstance(chosen, str):
             raise UserError(chosen)
         try:
-            return torch.load(chosen, map_location=map_location, weights_only=True)
+            content = torch.load(chosen, map_location=map_location, weights_only=True)
         except Exception as error:  # it is whole, so something in it is not to torch's liking
             raise UserError(
                 f"{chosen} cannot be loaded ({first_line(error)}): optimizers and callbacks may keep tensors, numbers, "
                 f"texts, lists and dictionaries in checkpoints, nothing else"
             ) from error
+        if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in KINDS.items()):
+            raise UserError(f"{chosen} is no checkpoint of a stage: delete {chosen.parent} to start this stage anew")
+        return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes the checkpoint and the one before."""
@@ -99,11 +104,15 @@ def _fault(file: Path) -> str | None:
     if _is_changed(file):
         return "damaged (its content is not what was written)"
     try:
+        size = regular(file)
         with zipfile.ZipFile(file) as content:
+            members = content.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                return "damaged (it is compressed, as torch.save never writes it)"  # to unpack it may take for ever
             broken = content.testzip()
     except Exception as error:  # zipfile's, of many kinds
         return f"damaged ({first_line(error)})"
-    return None if broken is None else f"damaged (in {broken})"
+    return None if broken is None else f"damaged (in {printable(broken)})"
 
 
 def _seal(file: Path) -> None:
