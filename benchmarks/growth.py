@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -322,23 +322,18 @@ def start_table(rows: list[Row]) -> list[str]:
 # ---- all of it
 
 
-def measure(part: str, work: Path, file: Path) -> list[Row]:
-    """The rows of one part."""
-
-    def each(*names: str) -> list[Row]:
-        rows = []
-        for name in bar(names, part, unit="row"):
-            with tempfile.TemporaryDirectory(dir=work) as directory:
-                rows.append(alone(file, f"{part}-{name}", Path(directory)))
-        return rows
-
-    if part == "updates":
-        return each("teacher", "student")
-    if part == "images":
-        return each(*(f"{IMAGES * times}-{where}" for where in ("memory", "mapped") for times in (1, 10, 100)))
-    if part == "stages":
-        return each(*map(str, STAGES))
-    return [start(work)]
+def measure(part: str, work: Path, file: Path) -> Iterator[Row]:
+    """The rows of one part, as they are measured."""
+    names = {
+        "updates": ["teacher", "student"],
+        "images": [f"{IMAGES * times}-{where}" for where in ("memory", "mapped") for times in (1, 10, 100)],
+        "stages": [str(count) for count in STAGES],
+    }
+    if part == "start":
+        yield start(work)
+    for name in bar(names.get(part, []), part, unit="row"):
+        with tempfile.TemporaryDirectory(dir=work) as directory:
+            yield alone(file, f"{part}-{name}", Path(directory))
 
 
 def work_as(name: str, work: Path) -> Row:
@@ -371,11 +366,13 @@ def main() -> None:
             return write_json(options.work / f"{options.worker}.json", work_as(options.worker, options.work))
         kept = read_json(options.json, {}) if options.json else {}
         for part in options.only:
+            rows = kept[part] = []
             with tempfile.TemporaryDirectory() as directory:
-                kept[part] = measure(part, Path(directory), Path(__file__).resolve())
-            print("\n".join([f"{part}:", *TABLES[part](kept[part]), ""]), flush=True)
-            if options.json:
-                write_json(options.json, kept)
+                for row in measure(part, Path(directory), Path(__file__).resolve()):
+                    rows.append(row)
+                    if options.json:
+                        write_json(options.json, kept)
+            print("\n".join([f"{part}:", *TABLES[part](rows), ""]), flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
 
