@@ -77,6 +77,8 @@ class Case:
     """In every round."""
     limit: float
     """Of the training step over the bare loop's."""
+    overrides: tuple[str, ...] = ()
+    """Of the network, as they are typed."""
 
 
 DIGITS = Case("digits", 8, 1, batch=64, steps=60, rounds=6, evaluations=16, samplings=20, limit=1.10)
@@ -162,7 +164,7 @@ def in_turns(
 
 def new_denoiser(case: Case) -> Denoiser:
     with initialize_config_dir(str(conf()), version_base="1.3"):
-        part = instantiate(compose("train", [f"network={case.network}", "name=bench"]).network)
+        part = instantiate(compose("train", [f"network={case.network}", "name=bench", *case.overrides]).network)
     torch.manual_seed(0)
     denoiser = Denoiser(part(case.size, case.channels, case.channels), X(), CosineSchedule())
     torch.nn.init.normal_(denoiser.network.conv_out.weight)  # else all samples are alike
