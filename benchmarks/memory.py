@@ -11,20 +11,17 @@ autoencoder and what the allocator wastes are not counted: batches are for nine 
 """
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
-from torch.nn import functional
 
 from pdistill import lora
 from pdistill.denoiser import Denoiser
 from pdistill.network import with_guidance
 from pdistill.parameterization import V
 from pdistill.schedule import DiscreteBetaSchedule
+from pdistill.training.footprint import Evaluation, activations
 
 SD1: dict[str, Any] = {
     "sample_size": 64,
@@ -42,56 +39,17 @@ GB = 1e9
 USED = 0.9  # of the card
 
 
-class FusedAttention(torch.autograd.Function):
-    """Computes nothing, and keeps what flash attention keeps."""
+def evaluation(network: Any) -> Evaluation:
+    """Of the network, with text and guidance."""
+    config = network.config
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-
-@contextlib.contextmanager
-def operations(mixed: bool) -> Iterator[None]:
-    """Attention as fused kernels do it; where `mixed`, the precisions of torch's autocast to bfloat16 on CUDA."""
-    names = ("scaled_dot_product_attention", "conv2d", "linear", "group_norm", "layer_norm")
-    before = {name: getattr(functional, name) for name in names}
-
-    def cast(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-        def change(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) else value
-
-        return lambda *given, **named: function(*map(change, given), **{k: change(v) for k, v in named.items()})
-
-    functional.scaled_dot_product_attention = lambda query, key, value, **_: FusedAttention.apply(query, key, value)
-    if mixed:
-        for name in ("conv2d", "linear"):
-            setattr(functional, name, cast(before[name], torch.bfloat16))
-        for name in ("group_norm", "layer_norm"):
-            setattr(functional, name, cast(before[name], torch.float32))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(functional, name, function)
-
-
-def kept(network: Any, images: int, mixed: bool) -> int:
-    """Bytes that a forward pass keeps for the way back, the float32 weights left out."""
-    config, weights = network.config, {weight.untyped_storage()._cdata for weight in network.parameters()}
-    storages: dict[int, Any] = {}  # which stay alive, so that none takes the place of another
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.device("meta"), operations(mixed), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def evaluate(images: int) -> None:
         z = torch.empty(images, config["in_channels"], config["sample_size"], config["sample_size"])
         text = torch.empty(images, TOKENS, config["cross_attention_dim"])
         guidance = torch.empty(images, config["time_cond_proj_dim"])
         network(z, torch.empty(images), encoder_hidden_states=text, timestep_cond=guidance)
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+    return evaluate
 
 
 def student(config: dict[str, Any], rank: int | None) -> Denoiser:
@@ -112,9 +70,9 @@ def row(name: str, rank: int | None, card: float) -> list[str]:
     cells = [name, "whole" if rank is None else f"LoRA, rank {rank}", f"{trained / 1e6:.1f} M"]
     cells += [f"{part:.2f}" for part in parts]
     for mixed in (False, True):
-        one, two = (kept(denoiser.network, images, mixed) / GB for images in (1, 2))
-        fixed = sum(parts) + 2 * one - two
-        cells += [f"{fixed:.1f}", f"{two - one:.2f}", str(int((USED * card - fixed) / (two - one)))]
+        once, image = (n / GB for n in activations(denoiser.network, evaluation(denoiser.network), mixed))
+        fixed = sum(parts) + once
+        cells += [f"{fixed:.1f}", f"{image:.2f}", str(int((USED * card - fixed) / image))]
     return cells
 
 

@@ -28,7 +28,7 @@ from pdistill.errors import Interrupted, UserError
 from pdistill.faults import Fault, in_words
 from pdistill.processes import is_main
 
-COMPOSED = ("train", "distill", "evaluate", "sample")  # by Hydra, from conf/<command>.yaml
+COMPOSED = ("train", "distill", "evaluate", "sample", "estimate")  # by Hydra, from conf/<command>.yaml
 # How long an OpenMP thread spins before it sleeps. By default for good, so that training beside busy processes stalls;
 # measured by benchmarks/busy.py, which also shows that the weights stay the same to the byte.
 SPIN_COUNT = "10000"

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "FID, KID, Inception score, precision and recall of a run or a denoiser",
     "sample": "pictures from a denoiser",
     "export": "a denoiser's whole sampler as one file: pdistill export <denoiser> --format onnx|pt2",
+    "estimate": "passes, FLOPs, memory and hours of a run of distill, before it is begun",
     "status": "the runs here: their stage, metric, and whether somebody is writing them",
     "report": "one page on finished runs: pdistill report outputs/a outputs/b",
     "sweep": "one table over runs: pdistill sweep outputs/a outputs/b, or wandb:<entity>/<project>",

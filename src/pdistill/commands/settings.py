@@ -158,6 +158,31 @@ class Distill(Train):
         return tuple(self.guidance) if isinstance(self.guidance, list) else (self.guidance, self.guidance)
 
 
+@dataclass
+class Estimate(Distill):
+    """Settings of an estimate of a run, which are the run's and these."""
+
+    images_per_second: float | None = None
+    """Images that one device trains the teacher with in a second, as a run's log says; null: hours are not told."""
+    measure: bool = False
+    """Find images_per_second by a few updates on this machine."""
+    image_shape: Any = None
+    """[3,32,32]: of the images, where the dataset's settings do not tell."""
+    num_classes: int = 1000
+    """Of conditional=true."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images_per_second is not None:
+            number("images_per_second", self.images_per_second)
+            if self.measure:
+                raise UserError(f"images_per_second={self.images_per_second} and measure=true: give one of them")
+        whole("num_classes", self.num_classes, 1)
+        shape = self.image_shape
+        if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and are_step_counts(shape)):
+            raise UserError(f"image_shape={shape} must be channels, height and width, e.g. image_shape=[3,32,32]")
+
+
 def _are_two_numbers(values: Any) -> bool:
     return len(values) == 2 and _are_numbers(values)
 
@@ -315,7 +340,7 @@ class Evaluate:
         return names
 
 
-SETTINGS = {"train": Train, "distill": Distill, "evaluate": Evaluate, "sample": Sample}
+SETTINGS = {"train": Train, "distill": Distill, "evaluate": Evaluate, "sample": Sample, "estimate": Estimate}
 
 
 def register() -> None:

@@ -61,6 +61,12 @@ def terminal(headings: Sequence[str], lines: Sequence[Sequence[str]], title: str
     return table
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns without a frame, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+
+
 # ---- the stages of a run
 
 
