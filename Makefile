@@ -1,8 +1,11 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Processes that share the tests: one for each core, at most four (tests/conftest.py)
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --dist worksteal
 READY := .venv/ready
 
-.PHONY: setup demo test test-all lint format wheel bench bench-quick clean
+.PHONY: setup demo test test-all lint format wheel bench bench-quick gpu clean
 
 setup: $(READY)
 
@@ -17,10 +20,10 @@ demo: $(READY)
 	$(BIN)/python distill.py experiment=demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m 'slow or not slow' --cov --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) -m 'slow or not slow' --cov --cov-report=term
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,6 +43,15 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	$(BIN)/python benchmarks/speed.py --quick
+
+# On a machine with a GPU, again until all is done: docs/gpu.md. Without .venv it takes PYTHON and what lies in .gpu/.
+OUT ?= outputs/gpu
+DATA ?= $(wildcard .gpu/cifar10_jpeg.tar.xz)
+GPU_PATH = $(CURDIR)/src:$(CURDIR)/.gpu/site$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+gpu:
+	PYTHONPATH=$(GPU_PATH) $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --output $(OUT) \
+		$(if $(DATA),--data $(DATA)) $(GPU)
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info .coverage .coverage.*

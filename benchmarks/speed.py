@@ -6,6 +6,7 @@ otherwise quiet machine. `--json FILE` keeps every repetition in seconds.
 """
 
 import argparse
+import contextlib
 import copy
 import platform
 import statistics
@@ -51,6 +52,7 @@ from pdistill.weighting import truncated_snr
 WARM_UP = 3  # steps of every round that are not counted
 EMA = 0.999
 LOADED = 128  # images of a batch of the loader
+ON_CPU = partial(Trainer, accelerator="cpu", devices=1, log_every_n_steps=50)
 FID_SAMPLES, FID_FEATURES = 10_000, 2048  # Inception's features
 
 
@@ -117,7 +119,15 @@ class Clock(Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self.tick()
+
+    def tick(self) -> None:
+        """A step has ended."""
         self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of the steps."""
+        return between(self.ends)
 
 
 def between(ends: list[float]) -> list[float]:
@@ -155,45 +165,52 @@ def new_denoiser(case: Case) -> Denoiser:
     return denoiser
 
 
-def fitted(module: DenoisingModule, data: ImageSet, case: Case) -> list[float]:
+def fitted(
+    module: DenoisingModule, data: ImageSet, case: Case, clock: Clock | None = None, trainer: Any = ON_CPU
+) -> list[float]:
     """Steps as a stage of a run makes them: Lightning's loop, all callbacks, a logger."""
-    clock = Clock()
+    clock = clock or Clock()
     with tempfile.TemporaryDirectory() as directory:
         settings = FitSettings(
             directory=Path(directory) / "stage",
             prefix="bench",
             updates=case.steps + WARM_UP + 1,
             num_steps=8,
-            trainer=partial(Trainer, accelerator="cpu", devices=1, log_every_n_steps=50),
+            trainer=trainer,
             loggers=[CSVLogger(directory)],
             callbacks=[clock],
             checkpoint_every_n_updates=10**9,
             progress_bar=False,
         )
         fit(module, ImageDataModule(data, case.batch, seed=0, stage=module.stage_index), settings)
-    return between(clock.ends)
+    return clock.seconds()
 
 
-def bare(model: Denoiser, data: ImageSet, case: Case) -> list[float]:
-    """The teacher's step as a plain loop: batch, loss, clipping, AdamW, EMA; nothing logged."""
+def bare(
+    model: Denoiser, data: ImageSet, case: Case, clock: Clock | None = None, autocast: Any = contextlib.nullcontext
+) -> list[float]:
+    """The teacher's step as a plain loop: batch, loss, clipping, AdamW, EMA; nothing logged. On the model's device."""
+    clock = clock or Clock()
+    device = next(model.parameters()).device
+    images = data.images.to(device)
     model.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA)).requires_grad_(False)
-    ends = []
     for _ in range(case.steps + WARM_UP + 1):
-        x = to_float(data.images[torch.randint(len(data.images), (case.batch,))])
-        t = torch.rand(case.batch)
+        x = to_float(images[torch.randint(len(images), (case.batch,), device=device)])
+        t = torch.rand(case.batch, device=device)
         logsnr = model.schedule(t)
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in model.schedule.alpha_sigma(logsnr))
-        x_hat = model(alpha * x + sigma * torch.randn_like(x), t)
+        with autocast():
+            x_hat = model(alpha * x + sigma * torch.randn_like(x), t)
         loss = (truncated_snr(logsnr) * (x_hat - x).square().mean((1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(model)
-        ends.append(time.perf_counter())
-    return between(ends)
+        clock.tick()
+    return clock.seconds()
 
 
 def loaded(case: Case, batches: int = 50) -> list[float]:

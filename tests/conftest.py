@@ -1,37 +1,76 @@
-"""Shared by the tests: a command line in a scratch directory, and one finished smoke run."""
+"""Shared by the tests: a command line in a scratch directory, and one finished smoke run.
+
+`make test` runs several workers (pytest-xdist), each with a scratch directory of its own; what is costly to make is
+made by one of them, and copied by the others. `pytest tests/test_x.py` does the same in one process.
+"""
 
 import os
+import shutil
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from forked import Command
+
+from pdistill.files import locked, whole_directory
 
 ROOT = Path(__file__).parent.parent
+# Before torch is imported, which no line above does. Workers, and the processes that tests start, would stall each
+# other with more threads; and runs are compared to the byte, which holds for equal numbers of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+MOST_WORKERS = 4  # each may hold some GB
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `pytest -n auto` starts: one worker for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
-    """A directory for the session's runs, with a cache of its own."""
-    return tmp_path_factory.mktemp("work")
+def shared(tmp_path_factory) -> Path:
+    """A directory that the workers of a session have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory, shared) -> Path:
+    """A directory for this worker's runs; its cache is the session's."""
+    directory = tmp_path_factory.mktemp("work")
+    (shared / "cache").mkdir(exist_ok=True)
+    (directory / "cache").symlink_to(shared / "cache")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def once(shared):
+    """once(directory, make) fills `directory` by make(), or with a copy of what another worker's make() left in it."""
+
+    def once(directory: Path, make: Callable[[], object]) -> Path:
+        kept = shared / "finished" / directory.name
+        with locked(shared / "finished" / f"{directory.name}.lock"):
+            if kept.exists():
+                return shutil.copytree(kept, directory, symlinks=True)
+            make()
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                with whole_directory(kept) as copy:
+                    shutil.copytree(directory, copy, symlinks=True, dirs_exist_ok=True)
+        return directory
+
+    return once
 
 
 @pytest.fixture(scope="session")
 def start(workplace):
-    """start("distill.py", "experiment=smoke") -> a Popen in the workplace; output is captured as text."""
+    """start("distill.py", "experiment=smoke") -> a running Command in the workplace."""
 
-    def start(script: str, *overrides: str) -> subprocess.Popen:
+    def start(script: str, *overrides: str) -> Command:
         environment = os.environ | {"PDISTILL_CACHE": str(workplace / "cache"), "WANDB_MODE": "offline"}
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / script), *overrides],
-            cwd=workplace,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Command(ROOT / script, *overrides, cwd=workplace, env=environment)
 
     return start
 
@@ -49,11 +88,14 @@ def run(start):
 
 
 @pytest.fixture(scope="session")
-def smoke(run, workplace) -> Path:
+def smoke(run, workplace, once) -> Path:
     """The run directory of `python distill.py experiment=smoke`, finished."""
-    status, _, err = run("distill.py", "experiment=smoke")
-    assert status == 0, err
-    return workplace / "outputs" / "smoke"
+
+    def make() -> None:
+        status, _, err = run("distill.py", "experiment=smoke")
+        assert status == 0, err
+
+    return once(workplace / "outputs" / "smoke", make)
 
 
 @pytest.fixture
@@ -85,6 +127,8 @@ def tiny():
     """tiny("v") -> a small denoiser with random weights, its output not zero."""
 
     def tiny(name: str = "v", channels: int = 1, size: int = 8, seed: int = 0, **options):
+        import torch
+
         from pdistill.denoiser import Denoiser
         from pdistill.network import unet
         from pdistill.registry import find

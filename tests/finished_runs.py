@@ -9,7 +9,10 @@ from PIL import Image
 
 CONFIG = Path(__file__).parent / "data" / "run_0_1_0.yaml"  # `distill.py experiment=smoke` by version 0.1.0
 GRID = 8 * 50 + 2
-UNMEASURED = object()
+
+
+class UNMEASURED:
+    """In place of a value: nothing was measured. A class, because its name is the same in every worker."""
 
 
 def make_run(

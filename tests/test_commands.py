@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from finished_runs import make_run
+from forked import Command, free_port
 from PIL import Image
 
 from pdistill import processes
@@ -143,7 +144,7 @@ def test_what_a_job_gives_to_an_optimising_sweeper(smoke, told, workplace):
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_ranks_that_others_started(workplace, launcher):
     """Both come up by themselves: one main process writes, and both train."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"PDISTILL_CACHE": str(workplace / "cache")}
     variables = {
         "torchrun": lambda k: {
@@ -168,11 +169,11 @@ def test_ranks_that_others_started(workplace, launcher):
             "SLURM_NODELIST": "127.0.0.1",
         },
     }[launcher]
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "trainer=ddp_cpu", f"name={launcher}"]
+    words = (*TINY, "trainer=ddp_cpu", f"name={launcher}")
     ranks = []
     for k in range(2):
         environment = os.environ | common | {key: str(value) for key, value in variables(k).items()}
-        ranks.append(subprocess.Popen(command, cwd=workplace, env=environment, stdout=-1, stderr=-1, text=True))
+        ranks.append(Command(ROOT / "train.py", *words, cwd=workplace, env=environment))
     said = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said
     assert json.loads((workplace / "outputs" / launcher / "teacher" / "metrics.json").read_text())["updates"] == 6

@@ -1,5 +1,6 @@
 """Batches as functions of their key, what names a dataset, and the checks of its settings."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from pdistill.dataset import ImageSet, cifar10, digits, image_folder, imagenet64, lsun
 from pdistill.dataset.batches import to_float, to_uint8
@@ -18,6 +20,16 @@ def numbered(count: int, flips: bool = False) -> ImageSet:
     """Image i is [i, 255 - i]."""
     left = torch.arange(count, dtype=torch.uint8)
     return ImageSet("numbers", torch.stack([left, 255 - left], -1)[:, None, None], flips=flips)
+
+
+def test_the_digits_are_scikit_learns(monkeypatch):
+    """Read from its file, and by itself where the file lies elsewhere."""
+    theirs = load_digits()
+    of_file = digits()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for data in (of_file, digits()):
+        assert torch.equal(data.labels, torch.from_numpy(theirs.target))
+        assert np.array_equal(data.images[:, 0].numpy(), np.round(theirs.images * (255 / 16)))
 
 
 def test_a_stream_resumed_at_a_step_is_the_stream():

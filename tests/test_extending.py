@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Command
 from PIL import Image
 
 from pdistill import Denoiser, registry
@@ -47,11 +47,14 @@ def outside(tmp_path_factory) -> Path:
     return folder
 
 
-def pdistill(outside: Path, *words: str) -> subprocess.CompletedProcess:
+def start(outside: Path, *words: str) -> Command:
     paths = os.pathsep.join([str(outside), str(ROOT / "src")])
-    environment = os.environ | {"PYTHONPATH": paths, "PDISTILL_CACHE": str(outside / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pdistill.commands.cli", *words]
-    return subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": paths, "PDISTILL_CACHE": str(outside / "cache")}
+    return Command("pdistill.commands.cli", *words, cwd=outside, env=environment)
+
+
+def pdistill(outside: Path, *words: str) -> subprocess.CompletedProcess:
+    return start(outside, *words).finished(timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +90,12 @@ def test_trained_distilled_sampled_and_evaluated(outside, mine):
 def test_a_stopped_run_goes_on(outside, mine):
     """Killed inside the teacher's training: the result is the undisturbed run's."""
     command = ("distill", "--config-dir", "my_conf", "imports=[my_parts]", *OURS, *QUICK, "name=again")
-    paths = os.pathsep.join([str(outside), str(ROOT / "src")])
-    environment = os.environ | {"PYTHONPATH": paths, "PDISTILL_CACHE": str(outside / "cache"), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "pdistill.commands.cli", *command]
     checkpoint = outside / "outputs" / "again" / "teacher" / "last.ckpt"
-    with subprocess.Popen(program, cwd=outside, env=environment, stdout=-3, stderr=-3) as process:
-        while process.poll() is None and not checkpoint.exists():
-            pass
-        process.kill()
+    process = start(outside, *command)
+    while process.poll() is None and not checkpoint.exists():
+        pass
+    process.kill()
+    process.communicate(timeout=60)
     done = pdistill(outside, *command)
     assert done.returncode == 0, done.stderr
     weights = [

@@ -184,12 +184,15 @@ def test_diffusers_opens_it(teacher, tmp_path, monkeypatch, kind):
 
 
 @pytest.fixture(scope="module")
-def finished(run, workplace):
+def finished(run, workplace, once):
     """A run from the teacher to one step, with guidance."""
     command = ("conditional=true", "label_dropout=0.2", "guidance=[1,4]", "guiding.updates=5", "steps.plan=[4,2,1]")
-    status, _, err = run("distill.py", "experiment=smoke", *command, "metrics=none", "name=guided_students")
-    assert status == 0, err
-    return workplace / "outputs" / "guided_students"
+
+    def make() -> None:
+        status, _, err = run("distill.py", "experiment=smoke", *command, "metrics=none", "name=guided_students")
+        assert status == 0, err
+
+    return once(workplace / "outputs" / "guided_students", make)
 
 
 def test_from_the_teacher_to_one_step(finished, told, workplace):

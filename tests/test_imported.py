@@ -39,22 +39,25 @@ def write(folder: Path, scheduler=None, **unet) -> Path:
 
 
 @pytest.fixture(scope="module")
-def eps_teacher(tmp_path_factory) -> Path:
+def eps_teacher(tmp_path_factory, once) -> Path:
     """An epsilon model of digits, trained as diffusers' example does, with its own DDPMScheduler."""
-    torch.manual_seed(0)
-    network, scheduler = diffusers.UNet2DModel(**SMALL), diffusers.DDPMScheduler()
-    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-    images = to_float(digits().images)
-    for _ in range(400):
-        x = images[torch.randint(len(images), (64,))]
-        noise, timesteps = torch.randn_like(x), torch.randint(1000, (64,))
-        output = network(scheduler.add_noise(x, noise, timesteps), timesteps).sample
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(output, noise).backward()
-        optimizer.step()
     folder = tmp_path_factory.mktemp("eps") / "ddpm-digits"
-    diffusers.DDPMPipeline(network, scheduler).save_pretrained(folder)
-    return folder
+
+    def make() -> None:
+        torch.manual_seed(0)
+        network, scheduler = diffusers.UNet2DModel(**SMALL), diffusers.DDPMScheduler()
+        optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+        images = to_float(digits().images)
+        for _ in range(400):
+            x = images[torch.randint(len(images), (64,))]
+            noise, timesteps = torch.randn_like(x), torch.randint(1000, (64,))
+            output = network(scheduler.add_noise(x, noise, timesteps), timesteps).sample
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(output, noise).backward()
+            optimizer.step()
+        diffusers.DDPMPipeline(network, scheduler).save_pretrained(folder)
+
+    return once(folder, make)
 
 
 def converted(teacher: Denoiser, clip: bool, updates: int = 200) -> Denoiser:

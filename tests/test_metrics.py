@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from forked import free_port
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -295,10 +295,7 @@ def test_two_processes_measure_what_one_does_and_fail_together(tmp_path):
     """The reference is extracted by both, and so are the samples; an error in one is an error in both."""
     results = {}
     for world in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environment |= os.environ | {"PDISTILL_CACHE": str(tmp_path / f"cache{world}")}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         started = [

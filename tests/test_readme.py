@@ -6,12 +6,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Command
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -151,8 +151,7 @@ def here(text: str) -> str:
 def pdistill(workplace: Path, *words: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PDISTILL_CACHE": str(workplace / "cache"), "PYTHONPATH": paths}
-    program = [sys.executable, "-m", "pdistill.commands.cli", *words]
-    return subprocess.run(program, cwd=workplace, env=environment, capture_output=True, text=True, timeout=120)
+    return Command("pdistill.commands.cli", *words, cwd=workplace, env=environment).finished(timeout=120)
 
 
 QUICK = [command for command in README if re.match(rf"pdistill (sample|{'|'.join(PLAIN)})\b", command)]

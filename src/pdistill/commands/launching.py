@@ -32,9 +32,9 @@ def check_trainer(trainer: Any, devices: int | None = None) -> None:
     """
     _check_srun()
     nodes, said = trainer.get("num_nodes", 1), trainer["devices"]
-    devices = devices or said
-    if devices != -1:
-        check_counts(nodes, devices, f"trainer.num_nodes={nodes} trainer.devices={said}")
+    count = said if devices is None else devices
+    if count != -1:
+        check_counts(nodes, count, f"trainer.num_nodes={nodes} trainer.devices={said}")
 
 
 def check_counts(nodes: int, devices: int, asked: str) -> None:
