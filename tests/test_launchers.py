@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from finished_runs import make_run
 from slurm import cluster, missing
 from test_chain import hashes
 
@@ -353,6 +354,26 @@ def test_a_job_that_is_killed(launched, workplace):
     again = launched(words)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0 and "its process" not in out, err
+
+
+@needs_optuna
+@pytest.mark.parametrize("seeds", ["0,1,-1", "-1,-2"])
+def test_a_search_among_finished_runs(launched, tmp_path, workplace, seeds):
+    """The best of them is found, trials that fail are listed, and one that is tried twice stands there once."""
+    for seed, value in ((0, 3.0), (1, 2.0)):
+        stages = {"teacher": 2.0, "steps-0004": 3.0, "steps-0002": 3.0, "steps-0001": value}
+        make_run(f"found-seed-{seed}", stages, {"seed": seed}, root=tmp_path)
+    words = ["distill.py", "-m", "experiment=smoke", "hydra/sweeper=optuna", "hydra.sweeper.direction=minimize"]
+    words += ["hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1"]
+    process = launched([*words, f"seed=choice({seeds})", "name=found", f"output_root={tmp_path}"])
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err and "must be a whole number, at least 0" in out, err
+    if seeds == "0,1,-1":
+        best = (tmp_path / ".multirun" / "optimization_results.yaml").read_text()
+        assert "seed: 1" in best and "best_value: 2.0" in best and "1 of 3 jobs failed: found-seed--1" in err
+        assert "| x | truncated_snr | 1, 0 |" in out
+    else:
+        assert "hydra/sweeper=optuna: No trials are completed yet" in err and "2 of 2 jobs failed" in err
 
 
 @needs_optuna
