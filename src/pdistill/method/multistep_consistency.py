@@ -89,7 +89,7 @@ class MultistepConsistency:
         t = (i.double() / fine).to(x.dtype)
         logsnr, logsnr_next = (logsnr_on_grid(schedule, k.double(), fine) for k in (i, i - 1))
         z_t = noised(x, logsnr, schedule.alpha_sigma)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: the student itself is asked, and FSDP2 keeps its weights for later
             x_hat = teacher(z_t, t, condition)
             if self.addim:
                 v = analytic_variance(x_hat, logsnr)
