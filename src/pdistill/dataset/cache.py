@@ -280,7 +280,7 @@ class _Maker:
         if progress is None and size:
             raise UserError(f"{shown(file)} is there, and is no cache of pdistill's: give another dataset.cache=...")
         known = progress is not None and _is_progress(progress, self.total)
-        if not known or size < progress["kept"] * self.bytes_each:
+        if progress is None or not known or size < progress["kept"] * self.bytes_each:
             progress = {"made_by": self.made_by, "done": 0, "kept": 0, "grey": 0, "pixels": "", "skipped": []}
             write_json(self.directory / "progress.json", progress)
         return progress

@@ -106,14 +106,14 @@ def _float32(precision: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def exact_end(network: Any) -> Iterator[None]:
     """Makes the last convolution of a diffusers UNet a `LastConvolution`; of another network nothing is known."""
-    last = getattr(network, "conv_out", None)
+    last: Any = getattr(network, "conv_out", None)
     if type(last) is nn.Conv2d:
         last.__class__ = LastConvolution
     try:
         yield
     finally:
         if type(last) is LastConvolution:
-            last.__class__ = nn.Conv2d
+            setattr(last, "__class__", nn.Conv2d)  # noqa: B010  # which types forbid
 
 
 @contextlib.contextmanager

@@ -152,11 +152,12 @@ class DenoisingModule(LightningModule):
         limit = self.recipe.settings.gradient_clip
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm: Any = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-        self.gradient_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of several devices' shares
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of several devices' shares
+        self.gradient_norm = norm
         if self.recipe.skips is not None:
-            self.bad = self.gradient_norm.isfinite().logical_not()
+            bad = self.bad = norm.isfinite().logical_not()
             if scaler is None:  # which leaves such updates out itself
-                nonfinite.leave_out(optimizer, self.bad)
+                nonfinite.leave_out(optimizer, bad)
 
     @property
     def loss_scaler(self) -> torch.amp.GradScaler | None:
