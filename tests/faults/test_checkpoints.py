@@ -59,7 +59,8 @@ def same(a, b) -> bool:
 def test_a_bit_that_flipped(tmp_path, capsys, flips):
     """Anywhere, and as often in the headers and the table of contents, which checksums do not cover: either it is found
     and the checkpoint before is used, or what is loaded is what was saved."""
-    content, places = {f"name {k}": torch.full((30, k), k / 7) for k in range(12)}, random.Random(flips)
+    weights, places = {f"name {k}": torch.full((30, k), k / 7) for k in range(12)}, random.Random(flips)
+    content = {"state_dict": weights, "loops": {}, "optimizer_states": [], "global_step": 3}
     last = tmp_path / "last.ckpt"
     for _ in range(2):
         WholeCheckpoints().save_checkpoint(content, last)

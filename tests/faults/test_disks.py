@@ -16,16 +16,21 @@ ROOM = re.compile(
 )
 
 
-def test_a_checkpoint_on_a_full_disk(disk):
-    """In this process: the line says what becomes of the work, and the checkpoint before is there."""
+def holding(count: int) -> dict:
+    """The parts of a checkpoint."""
     import torch
 
+    return {"state_dict": {"weights": torch.zeros(count)}, "loops": {}, "optimizer_states": [], "global_step": 3}
+
+
+def test_a_checkpoint_on_a_full_disk(disk):
+    """In this process: the line says what becomes of the work, and the checkpoint before is there."""
     with disk("size=1m") as full, faults("a full disk, at a checkpoint"):
-        WholeCheckpoints().save_checkpoint({"weights": torch.zeros(50_000)}, full / "last.ckpt")
+        WholeCheckpoints().save_checkpoint(holding(50_000), full / "last.ckpt")
         with pytest.raises(UserError, match=r"cannot be written .* continues from the checkpoint before"):
-            WholeCheckpoints().save_checkpoint({"weights": torch.zeros(400_000)}, full / "last.ckpt")
+            WholeCheckpoints().save_checkpoint(holding(400_000), full / "last.ckpt")
         assert [p.name for p in full.iterdir()] == ["last.ckpt"]
-        assert len(WholeCheckpoints().load_checkpoint(full / "last.ckpt")["weights"]) == 50_000
+        assert len(WholeCheckpoints().load_checkpoint(full / "last.ckpt")["state_dict"]["weights"]) == 50_000
 
 
 @slow
