@@ -238,8 +238,9 @@ def test_two_processes_train_what_one_does(told, home, tmp_path, kind):
     train(module_of(kind), tmp_path / "one", updates=3)
     train(module_of(kind), tmp_path / "parts", updates=3, trainer=trainer(3))
     one = Denoiser.load(tmp_path / "one" / "denoiser")
+    tolerance = 1e-3 if kind == "guidance" else 1e-4  # its new layers begin at zero, where Adam steps by the sign
     for other in (tmp_path / "parts", home / f"ddp-{kind}", home / f"fsdp-{kind}"):
-        assert alike(one, Denoiser.load(other / "denoiser")), other.name
+        assert alike(one, Denoiser.load(other / "denoiser"), tolerance), other.name
 
 
 def test_each_process_holds_half_of_everything(told):

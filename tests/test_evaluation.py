@@ -304,7 +304,7 @@ def test_whatever_a_foreign_pipeline_raises_names_its_folder(here, monkeypatch):
 def add_rows(file: Path, number: int) -> None:
     rows = Rows(file)
     for k in range(20):
-        rows.add({"fid": 1.0, "provenance": {"label": "x", "denoiser": None, "num_steps": k, "seed": number}})
+        rows.add({"fid": 1.0, "provenance": {"label": "x", "denoiser": None, "num_steps": k + 1, "seed": number}})
 
 
 def test_several_processes_at_once_lose_no_rows(tmp_path):
