@@ -485,7 +485,7 @@ def read_cache(folder: Path) -> None:
         with contextlib.suppress(*ALLOWED, ValueError, RecursionError):
             made = folder / cache / ("cache.json" if cache == "cached" else "progress.json")
             # The zip lies elsewhere now, and so has another identity: what it was made from stays the question.
-            content = json.loads(made.read_text())
+            content = json.loads(made.read_text()) if made.is_file() else None  # no device without an end
             known = isinstance(content, dict) and isinstance(content.get("made_by"), dict)
             if known and "content" in content["made_by"]:
                 content["made_by"]["content"] = image_files(str(folder / "x.zip"), "image_folder").key

@@ -378,7 +378,7 @@ REFUSED = {
     ),
     "fewer betas than steps": (set_scheduler(trained_betas=[0.1, 0.2, 0.3]), "3 trained_betas for num_train_timesteps"),
     "betas of no noise": (set_scheduler(beta_start=0.0, beta_end=0.0), "cannot be a schedule"),
-    "steps in words": (set_scheduler(num_train_timesteps="many"), "cannot load the scheduler"),
+    "steps in words": (set_scheduler(num_train_timesteps="many"), "its num_train_timesteps is"),
     "sample_size null": (set_unet(sample_size=None), 'write "sample_size": 32, or [height, width]'),
     "sample_size missing": (lambda f: edit(f / UNET, ("sample_size",)), "does not tell the size of its images"),
     "sample_size of three": (set_unet(sample_size=[8, 8, 8]), "sample_size is [8, 8, 8]"),

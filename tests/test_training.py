@@ -379,12 +379,13 @@ def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    WholeCheckpoints().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
+    content = {"state_dict": {}, "loops": {}, "optimizer_states": [], "global_step": 1}
+    WholeCheckpoints().save_checkpoint(content, tmp_path / "last.ckpt")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match=r"last\.ckpt cannot be written .*No space left.* continues from"):
         WholeCheckpoints().save_checkpoint({"a": 2}, tmp_path / "last.ckpt")
     with pytest.raises(UserError, match="the same command starts this stage anew"):
         WholeCheckpoints().save_checkpoint({"a": 2}, tmp_path / "other" / "last.ckpt")
     (tmp_path / "other").rmdir()
-    assert WholeCheckpoints().load_checkpoint(tmp_path / "last.ckpt") == {"a": 1}
+    assert WholeCheckpoints().load_checkpoint(tmp_path / "last.ckpt") == content
     assert checkpoints.there_is_one(tmp_path) and len(list(tmp_path.iterdir())) == 1

@@ -4,6 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image, ImageColor
 from pdistill.checks import whole
 from pdistill.dataset.settings import choice
 from pdistill.errors import UserError
-from pdistill.reading import MOST_PIXELS
+from pdistill.reading import MOST_PIXELS, regular
 
 ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 GREY_MODES = {"1", "L", "LA", "La", "I", "F"}  # and all whose names begin with I;16
@@ -35,12 +36,15 @@ WHITE_IS_ZERO = 0
 
 
 def open_picture(file: Any) -> Image.Image:
-    """A picture in a file, or in bytes, not yet decoded. Raises ValueError for one of more pixels than are decoded.
+    """A picture in a file, or in bytes, not yet decoded. Raises ValueError for one of more pixels than are decoded, and
+    UserError for what is no regular file.
 
     Formats are told by content, whatever a file is called; those that another program would have to draw are refused.
     """
     Image.init()
     formats = [name for name in Image.ID if name not in BY_OTHERS]
+    if isinstance(file, str | Path):
+        regular(Path(file))  # to open a pipe would wait for ever
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(file, formats=formats)
