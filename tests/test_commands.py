@@ -49,7 +49,7 @@ def test_completion_knows_the_subcommands(workplace):
         done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=60)
         return set(done.stdout.split())
 
-    assert completed("pdistill s") == {"sample", "sweep"}
+    assert completed("pdistill s") == {"sample", "status", "sweep"}
     assert {"weighting=snr", "weighting=truncated_snr"} <= completed("pdistill train weighting=")
 
 

@@ -1,6 +1,7 @@
 """What a finished run looks like: report.html, and the comparison sheet."""
 
 import base64
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pdistill.steps import is_student
 COLUMNS = 12  # seeds on the comparison sheet
 PER_LINE = 8  # of the 64 pictures of samples.png, with a border of two pixels
 BORDER = 2
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # characters that no page needs, and a terminal would obey
 MOST_PICTURE = 64 * 1024**2  # bytes of one on the page
 
 
@@ -79,7 +81,8 @@ def write(directories: list[Path], file: Path) -> None:
     environment = Environment(loader=PackageLoader("pdistill.report", "."), autoescape=select_autoescape(default=True))
     name = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
     template = environment.get_template("page.html.jinja")
-    write_text(file, template.render(name=name, runs=runs, together=together, apart=apart))
+    html = template.render(name=name, runs=runs, together=together, apart=apart)
+    write_text(file, CONTROL.sub("\N{REPLACEMENT CHARACTER}", html))
 
 
 def _of_run(directory: Path, name: str) -> dict[str, object]:
