@@ -184,7 +184,7 @@ def test_a_decay_of_auto_follows_from_the_updates():
             parameter.zero_()
     for _ in range(STAGE.updates):
         for average in module.averages:
-            average()
+            average(None)
     started, ended = (d.network.conv_in.weight for d in (new_denoiser(), module.result))
     torch.testing.assert_close(ended, started / 1000)
 
