@@ -45,9 +45,9 @@ def traced(monkeypatch):
     return graphs
 
 
-def trained(directory, execution: Execution, method=None, precision: str = "32-true", **options):
-    """A student, or with method="teacher" a teacher, after six updates."""
-    made = replace(PLAIN, execution=execution, label_dropout=0.5 if method == "teacher" else 0.0)
+def trained(directory, execution: Execution, method=None, precision: str = "32-true", base=None, **options):
+    """A student, or with method="teacher" a teacher, after six updates; with dropout, unless `base` has none."""
+    made = replace(base or recipe(), execution=execution, label_dropout=0.5 if method == "teacher" else 0.0)
     denoiser = new_denoiser(**options)
     if options:
         denoiser.null_label = options["num_classes"] - 1
@@ -82,7 +82,7 @@ def distance(a, b) -> float:
     ("method", "graphs"),
     [
         ("teacher", 1),
-        (None, 3),  # the student, and the teacher at z_t and where it led to, which torch tells apart
+        (None, 2),  # student and teacher
         (Tract(), 3),  # and the self-teacher
         (MultistepConsistency(8, 16), 3),  # the student with gradients and without
         (ParallelDecoding(), 2),
@@ -130,8 +130,9 @@ def test_code_that_torch_compiles_trains_alike_and_is_resumed_to_the_byte(mode, 
 
 @pytest.mark.parametrize("change", ["channels_last", "gradient_checkpointing"])
 def test_layout_and_checkpointing_change_the_rounding_alone(change, tmp_path):
-    plain, losses = trained(tmp_path / "plain", Execution())
-    changed, theirs = trained(tmp_path / "changed", Execution(**{change: True}))
+    base = PLAIN if change == "channels_last" else None  # masks of dropout are drawn as the activations lie in memory
+    plain, losses = trained(tmp_path / "plain", Execution(), base=base)
+    changed, theirs = trained(tmp_path / "changed", Execution(**{change: True}), base=base)
     assert theirs == pytest.approx(losses, rel=1e-3 if change == "channels_last" else 0)
     if change == "channels_last":
         weight = changed.student.network.get_parameter("down_blocks.0.resnets.0.conv1.weight")
@@ -143,7 +144,7 @@ def test_layout_and_checkpointing_change_the_rounding_alone(change, tmp_path):
 
 def test_a_stage_is_resumed_in_another_layout(tmp_path, capfd):
     """The optimizer's averages follow the weights; read as they lay before, they would belong to others."""
-    whole, _ = trained(tmp_path / "whole", Execution())
+    whole, _ = trained(tmp_path / "whole", Execution(), base=PLAIN)
     student = DistillationModule(new_denoiser(), STAGE, PLAIN)
     with pytest.raises(Interrupted):
         train(student, tmp_path / "stopped", callbacks=[StopAt(3)])

@@ -170,6 +170,8 @@ def _check_parts(denoiser: Denoiser) -> None:
     shape, network = denoiser.image_shape, denoiser.network
     claims.check_shape(shape)
     claims.check_shape(denoiser.pixel_shape)
+    if isinstance(network, UNet2DModel) and network.config["sample_size"] is not None:
+        claims.check_shape(networks.image_shape_of(network))  # which diffusers would draw
     if isinstance(network, UNet2DModel | UNet2DConditionModel):
         channels = network.config["in_channels"], network.config["out_channels"]
         if channels != (shape[0], denoiser.parameterization.channels(shape[0])):

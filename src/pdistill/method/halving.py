@@ -77,7 +77,7 @@ class Halving:
         z_t = noised(x, logsnr, student.schedule.alpha_sigma)
         counts = stage.num_steps, stage.teacher_steps
         route = stochastic_route(t, *counts, continuous) if self.stochastic else ddim_route(t, *counts)
-        with torch.inference_mode():
+        with torch.no_grad():  # torch.compile tells inference tensors apart
             order, variance = (self.teacher_order, variance_of(self.addim, x)) if continuous else (1, None)
             x_target = x_along(route, teacher, z_t, condition, order=order, variance=variance)
         return weighted_loss(weighting, student(z_t, t, condition), x_target, logsnr), logsnr
