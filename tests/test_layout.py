@@ -253,6 +253,7 @@ def test_configuration_stops_in_commands():
     [
         ("pdistill", "torch numpy diffusers lightning hydra torchmetrics matplotlib"),
         ("pdistill.training.settings pdistill.metrics.settings", "torch diffusers lightning torchmetrics matplotlib"),
+        ("pdistill.denoiser pdistill.storage pdistill.training.fit pdistill.method", "peft datasets gradio onnx"),
         ("pdistill.dataset", "diffusers lightning hydra torchmetrics torchvision matplotlib"),
         (" ".join(f"pdistill.{name}" for name in MATHS), "diffusers lightning hydra torchmetrics matplotlib"),
     ],
