@@ -6,10 +6,14 @@ import socket
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdistill.commands.arguments import Parser, directory_of, without_imports
 from pdistill.commands.status import is_finished, is_written
 from pdistill.errors import Interrupted, UserError, first_line
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 FIRST_PORT = 7860
 PORTS = 100  # that are tried where none is asked for
@@ -32,14 +36,19 @@ def main(arguments: list[str]) -> None:
     settings.port = free_port(settings.host, settings.port)
     path = directory_of(settings.path)
     notes = notes_of(path)
+    page = launched(settings, path, notes)
+    print(f"pdistill play: {page.local_url} (Ctrl-C ends it)", flush=True)
     try:
-        serve(settings, path, notes)
+        while True:
+            time.sleep(3600)
     except Interrupted:
-        print("\nstopped")
+        print("stopped")
+    finally:
+        page.close(verbose=False)
 
 
 def free_port(host: str, asked: int | None) -> int:
-    """The port that was asked for, or one that is free. Raises UserError where it is taken, or there is no such host."""
+    """The port that was asked for, or one that is free. Raises UserError where there is none, or no such host."""
     if asked is not None and not 1 <= asked <= 65535:
         raise UserError(f"--port={asked} must be a whole number from 1 to 65535")
     error = OSError()
@@ -76,14 +85,14 @@ def notes_of(path: Path) -> list[str]:
     return []
 
 
-def serve(settings: Namespace, path: Path, notes: list[str]) -> None:
-    """Loads one denoiser, which says what controls there are, and serves the page until it is stopped."""
+def launched(settings: Namespace, path: Path, notes: list[str]) -> "Blocks":
+    """The page, served; one denoiser is loaded, which says what controls there are."""
     from pdistill.play.lineup import lineup_of
     from pdistill.processes import device_of
 
     lineup = lineup_of(path, device_of(settings.device))
     first = lineup.denoiser(lineup.players[-1])
-    from pdistill.play.page import STYLE, Facts, page_of, theme
+    from pdistill.play.page import STYLE, Facts, page_of, theme  # Gradio, which takes seconds
 
     page = page_of(lineup, Facts.of(first, lineup), notes)
     for variable in ("NO_PROXY", "no_proxy"):  # Gradio asks its own server whether it is there
@@ -103,9 +112,4 @@ def serve(settings: Namespace, path: Path, notes: list[str]) -> None:
         theme=theme(),
         css_paths=STYLE,
     )
-    print(f"pdistill play: {page.local_url} (Ctrl-C ends it)", flush=True)
-    try:
-        while True:
-            time.sleep(3600)
-    finally:
-        page.close(verbose=False)
+    return page

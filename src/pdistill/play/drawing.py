@@ -79,7 +79,7 @@ class Wish:
 
 def _count(key: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise UserError(f"{key}={value} must be a whole number from {least:,} to {most:,}")
+        raise UserError(f"{key} must be a whole number from {least:,} to {most:,}, not {value}")
 
 
 @dataclass(frozen=True)

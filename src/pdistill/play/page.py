@@ -78,15 +78,16 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
                 status = gr.HTML("", elem_classes="status", apply_default_css=False)
                 lines = [gr.HTML("", elem_classes="line", apply_default_css=False) for _ in names]
         controls = [stamp, seed, view, second, count, picture, num_steps, sampler, label, guidance, prompt, chosen]
-        outputs = [seed, status, *lines]
 
         def draw(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
             yield from drawn(turns, str(request.session_hash), values)
 
+        def draw_another(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+            for shown in drawn(turns, str(request.session_hash), values):
+                yield values[1], *shown  # the seed that the browser drew
+
         how: dict[str, Any] = {
-            "fn": draw,
             "inputs": controls,
-            "outputs": outputs,
             "trigger_mode": "multiple",  # a newer click does not wait for an older: `turns` ends that
             "concurrency_limit": None,
             "preprocess": False,  # what cannot be is told by `wish_of`, in a line
@@ -94,8 +95,8 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
         }
         live = (seed, view, second, count, picture, num_steps, sampler, label, guidance, chosen)
         changes = [*(control.input for control in live), prompt.submit]
-        gr.on([page.load, again.click, *changes], js=NOW, **how)
-        surprise.click(js=SURPRISE, **how)
+        gr.on([page.load, again.click, *changes], draw, js=NOW, outputs=[status, *lines], **how)
+        surprise.click(draw_another, js=SURPRISE, outputs=[seed, status, *lines], **how)
         view.input(_which, view, [second, count, picture], queue=False, **QUIET)
     return page
 
@@ -106,27 +107,25 @@ def _which(view: str) -> list[Any]:
 
 
 def drawn(turns: Turns, visitor: str, values: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Values for the outputs: seed, status and lines; `values` are those of the controls. Raises nothing."""
-    stamp, seed, *rest = values
+    """Values for the status and the lines; `values` are those of the controls. What is wrong becomes a line."""
+    stamp, seed, *others, chosen = values
     players = turns.lineup.players
     kept: list[Any] = [gr.skip()] * len(players)
     try:
-        wish, lines = wish_of(seed, *rest[:-1]), _chosen(rest[-1], len(players))
+        wish, lines = wish_of(seed, *others), _chosen(chosen, len(players))
     except UserError as error:
         list(turns.drawn(visitor, stamp, Wish(), ()))  # what is in work is of no interest any more
-        yield (gr.skip(), _problem(str(error)), *kept)
+        yield _problem(str(error)), *kept
         return
-    started = False
+    first = True
     for news in turns.drawn(visitor, stamp, wish, lines):
-        shown = list(kept)
-        if not started:
-            shown = [gr.skip() if k in lines else "" for k in range(len(players))]
-            started = True
+        shown = [gr.skip() if k in lines or not first else "" for k in range(len(players))]
         if news.line is not None:
             shown[news.line] = markup(players[news.line].name, news)
-        yield (wish.seed, html.escape(news.status), *shown)
-    if started:
-        yield (gr.skip(), _finished(wish), *kept)
+        yield html.escape(news.status), *shown
+        if news.is_last:
+            yield _finished(wish), *kept
+        first = False
 
 
 def wish_of(seed: Any, view: Any, second: Any, count: Any, picture: Any, *others: Any) -> Wish:

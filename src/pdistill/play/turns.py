@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdistill.errors import UserError, first_line, printable
 from pdistill.play.drawing import Strip, Wish, draw
@@ -31,6 +31,7 @@ class News:
     strip: Strip | None = None
     problem: str = ""
     """In place of pictures: what was wrong with the wish, in a line."""
+    is_last: bool = False
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Turns:
         The cheapest lines come first. A wish that is outdated from the start gives none.
         """
         with self._bookkeeping:
-            if stamp < self._newest.get(visitor, stamp):
+            if not isinstance(stamp, int | float) or stamp < self._newest.get(visitor, stamp):
                 return
             self._newest.pop(visitor, None)
             self._newest[visitor] = stamp  # the last of the dictionary
@@ -100,9 +101,12 @@ class _Work:
                 self.check()
             try:
                 players = self.lineup.players
-                for line in sorted(self.lines, key=lambda k: self.wish.num_steps or players[k].num_steps):
+                order = sorted(self.lines, key=lambda k: self.wish.num_steps or players[k].num_steps)
+                for line in order:
                     self.check()
-                    self.tell(self._line(line, players[line]))
+                    news = self._line(line, players[line])
+                    self.check()
+                    self.tell(replace(news, is_last=line == order[-1]))
             finally:
                 machine.release()
         except Outdated:
@@ -114,10 +118,12 @@ class _Work:
         def on_step(k: int, n: int) -> None:
             self.status = f"{player.name}: step {k} of {n}"
 
-        self.status = f"{player.name}: drawing" if self.lineup.is_loaded(player) else f"{player.name}: loading"
+        new = not self.lineup.is_loaded(player)
+        self.status = f"{player.name}: loading" if new else f"{player.name}: drawing"
         try:
             strip = draw(self.lineup.denoiser(player), player, self.wish, self.check, on_step)
-            return News(self.status, line, strip)
+            notes = [strip.note, "the first time, with what is set up once" if new else ""]
+            return News(self.status, line, replace(strip, note="; ".join(filter(None, notes))))
         except UserError as error:
             return News(self.status, line, problem=printable(error))
         except Outdated:

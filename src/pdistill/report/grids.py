@@ -45,7 +45,7 @@ def save_picture(images: Tensor, path: Path, **layout: float) -> None:
 
 
 def visible(images: Tensor) -> Tensor:
-    """(..., C, H, W) with the channels that can be shown: grey and RGB as they are, of others the first three or one."""
+    """(..., C, H, W) with the channels that can be shown: grey and RGB as they are, else the first three or one."""
     channels = images.shape[-3]
     return images if channels in (1, 3) else images.narrow(-3, 0, 3 if channels > 3 else 1)
 
