@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def lineup_of(path: Path, device: torch.device) -> Lineup:
 def _alone(directory: Path) -> list[Player]:
     if counts := _counts(directory):
         return [Player(_words(n), directory, n) for n in counts]
-    num_steps = _description(directory).get("num_steps")
+    num_steps: Any = _description(directory).get("num_steps")
     if is_count(num_steps):
         return [Player(_words(num_steps), directory, num_steps)]
     row = read_json(directory.parent / "metrics.json", {})  # of the stage whose teacher it is
@@ -95,7 +96,7 @@ def _words(num_steps: int) -> str:
     return title({"stage": f"steps-{num_steps:04d}", "num_steps": num_steps})
 
 
-def _description(directory: Path) -> dict:
+def _description(directory: Path) -> dict[str, Any]:
     """What `denoiser.json` says; empty where it is none, which loading tells of."""
     content = read_json(directory / "denoiser.json", {}, cure="copy or train the denoiser again")
     return content if isinstance(content, dict) else {}

@@ -26,7 +26,7 @@ STYLE = Path(__file__).with_name("page.css")
 # A stamp that grows with each event of this page comes first among what is sent: see `turns`.
 NOW = "(stamp, seed, ...rest) => [performance.now(), seed, ...rest]"
 SURPRISE = "(stamp, seed, ...rest) => [performance.now(), Math.floor(Math.random() * 2 ** 31), ...rest]"
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
                 sampler = gr.Dropdown([OWN, *samplers()], value=OWN, label="Sampler")
                 labels = [IN_TURN, *map(str, range(facts.num_classes or 0))]
                 label = gr.Dropdown(labels, value=IN_TURN, label="Label", visible=facts.num_classes is not None)
-                guided = {"info": _about(facts.ranges), "visible": facts.guided}
+                guided: dict[str, Any] = {"info": _about(facts.ranges), "visible": facts.guided}
                 guidance = gr.Textbox("", label="Guidance", placeholder=OWN, **guided)
-                worded = {"info": _of_prompts(facts.prompts), "visible": facts.prompts is not None}
+                worded: dict[str, Any] = {"info": _of_prompts(facts.prompts), "visible": facts.prompts is not None}
                 prompt = gr.Textbox("", label="Prompt", **worded)
                 numbered = [(name, str(k)) for k, name in enumerate(names)]
                 everyone = [number for _, number in numbered]
