@@ -22,7 +22,7 @@ QUALITY = 80  # of WebP
 
 
 @contextlib.contextmanager
-def browser_page(width: int = WIDTH, height: int = HEIGHT):  # noqa: ANN201
+def browser_page(width: int = WIDTH, height: int = HEIGHT):
     """A page of Chromium. Exits where there is none."""
     from playwright.sync_api import sync_playwright
 
