@@ -66,11 +66,11 @@ def play(run: Path, file: Path) -> None:
         shown = []
         for theme, view in (("light", "pictures"), ("dark", "every step")):
             page.goto(f"{address}?__theme={theme}")
-            page.locator(".status", has_text="of seed 0").wait_for(timeout=120_000)
+            page.locator("#status", has_text="of seed 0").wait_for(timeout=120_000)
             page.get_by_text(view, exact=True).click()
             page.get_by_role("button", name="Draw").click()  # again, so that nothing is timed for the first time
             page.wait_for_timeout(3000)
-            page.locator(".status", has_text="of seed 0").wait_for(timeout=120_000)
+            page.locator("#status", has_text="of seed 0").wait_for(timeout=120_000)
             shown.append(page.screenshot(full_page=True))
         save(shown, file)
 

@@ -59,7 +59,7 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
             again = gr.Button("Draw", size="lg", min_width=120, scale=1)
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=280, elem_classes="controls"):
-                seed = gr.Number(0, label="Seed", precision=0)
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                 second = gr.Number(1, label="Second seed", precision=0, visible=False)
                 count = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Number of pictures")
                 picture = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Which picture of the seed", visible=False)
@@ -75,8 +75,8 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
                 everyone = [number for _, number in numbered]
                 chosen = gr.CheckboxGroup(numbered, value=everyone, label="Denoisers", visible=len(names) > 1)
             with gr.Column(scale=3, min_width=300, elem_classes="pictures"):
-                status = gr.HTML("", elem_classes="status", apply_default_css=False)
-                lines = [gr.HTML("", elem_classes="line", apply_default_css=False) for _ in names]
+                status = gr.HTML("", elem_id="status", apply_default_css=False)
+                lines = [gr.HTML("", elem_id=f"line-{k}", apply_default_css=False) for k in range(len(names))]
         controls = [stamp, seed, view, second, count, picture, num_steps, sampler, label, guidance, prompt, chosen]
 
         def draw(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
