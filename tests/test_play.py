@@ -348,18 +348,18 @@ def test_everything_on_the_page(smoke, workplace):
 
             page.get_by_text("pictures", exact=True).click()
             page.locator("#status", has_text="3 pictures").wait_for()
-            page.get_by_label("Steps").fill("3")
+            page.get_by_label("Steps", exact=True).fill("3")
             lines.nth(0).get_by_text("sampled in 3 steps").wait_for()
-            page.get_by_label("Steps").fill("3 or 4")
+            page.get_by_label("Steps", exact=True).fill("3 or 4")
             page.get_by_role("alert").get_by_text("steps must be a whole number, or empty, not '3 or 4'").wait_for()
-            page.get_by_label("Steps").fill("")
+            page.get_by_label("Steps", exact=True).fill("")
             page.locator("#status", has_text="3 pictures").wait_for()
-            page.get_by_label("Sampler").click()
+            page.get_by_label("Sampler", exact=True).click()
             page.get_by_role("option", name="stochastic").click()
-            page.get_by_role("alert").first.wait_for()
+            lines.nth(1).get_by_role("alert").wait_for()
             assert "was distilled for the sampler ddim, not stochastic" in lines.nth(1).inner_text()
             assert lines.nth(0).locator("img").count() == 3  # the teacher takes any
-            page.get_by_label("Sampler").click()
+            page.get_by_label("Sampler", exact=True).click()
             page.get_by_role("option", name="each its own").click()
             lines.nth(1).locator("img").first.wait_for()
             page.get_by_role("checkbox", name="teacher, 8 steps").uncheck()
@@ -368,11 +368,11 @@ def test_everything_on_the_page(smoke, workplace):
             page.get_by_role("checkbox", name="teacher, 8 steps").check()
             lines.nth(0).locator("img").first.wait_for()
 
-            page.get_by_label("Steps").fill("4096")  # minutes of work
+            page.get_by_label("Steps", exact=True).fill("4096")  # minutes of work
             page.locator("#status", has_text="of 4096").wait_for()
-            page.get_by_label("Steps").fill("1")
+            page.get_by_label("Steps", exact=True).fill("1")
             lines.nth(0).get_by_text("sampled in 1 step").wait_for(timeout=15_000)
-            page.get_by_label("Steps").fill("")
+            page.get_by_label("Steps", exact=True).fill("")
 
             begun = time.monotonic()
             page.evaluate(

@@ -93,8 +93,8 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
             "preprocess": False,  # what cannot be is told by `wish_of`, in a line
             **QUIET,
         }
-        live = (seed, view, second, count, picture, num_steps, sampler, label, guidance, chosen)
-        changes = [*(control.input for control in live), prompt.submit]
+        live = (seed, view, second, count, picture, sampler, label, chosen)
+        changes = [*(control.input for control in live), num_steps.change, guidance.change, prompt.submit]
         gr.on([page.load, again.click, *changes], draw, js=NOW, outputs=[status, *lines], **how)
         surprise.click(draw_another, js=SURPRISE, outputs=[seed, status, *lines], **how)
         view.input(_which, view, [second, count, picture], queue=False, **QUIET)
