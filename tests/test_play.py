@@ -191,10 +191,10 @@ def test_what_goes_wrong_is_a_line(turns, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("wish", "complaint"),
     [
-        ({"num_images": 17}, "num_images must be a whole number from 1 to 16, not 17"),
+        ({"num_images": 17}, "number of pictures must be a whole number from 1 to 16, not 17"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": None}, "seed must be a whole number from 0"),
-        ({"num_steps": 5000}, "num_steps must be a whole number from 1 to 4,096"),
+        ({"num_steps": 5000}, "steps must be a whole number from 1 to 4,096"),
         ({"guidance": float("nan")}, "guidance=nan must be a number"),
         ({"view": "?"}, "show must be one of pictures"),
     ],
@@ -337,7 +337,7 @@ def test_everything_on_the_page(smoke, workplace):
             page.locator("#status", has_text="x_hat after every step").wait_for()
             assert lines.nth(0).locator("figcaption").all_inner_texts()[:2] == ["t = 1", "t = 0.875"]
             assert [lines.nth(k).locator("img").count() for k in range(4)] == [8, 4, 2, 1]
-            page.get_by_label("number input for Which picture of the seed").fill("5")
+            page.get_by_label("number input for Which picture").fill("5")
             page.locator("#status", has_text="picture 5 of seed 0").wait_for()
 
             page.get_by_text("between two noises", exact=True).click()

@@ -27,6 +27,7 @@ VIEWS = (PICTURES, STEPS, BETWEEN)
 MOST_IMAGES = 16
 MOST_STEPS = 4096
 MOST_FRAMES = 24  # of the trajectory; of more steps some are shown, evenly spread
+LARGEST_SEED = 2**31
 WIDTH = 256  # of a picture that is saved, at most, where it is enlarged
 
 
@@ -51,12 +52,12 @@ class Wish:
     def __post_init__(self) -> None:
         if self.view not in VIEWS:
             raise UserError(f"show must be one of {', '.join(VIEWS)}, not {self.view}")
-        for key, least, most in (("num_images", 1, MOST_IMAGES), ("picture", 1, MOST_IMAGES)):
-            _count(key, getattr(self, key), least, most)
-        for key in ("seed", "second_seed"):
-            _count(key, getattr(self, key), 0, 2**53)
+        _count("number of pictures", self.num_images, 1, MOST_IMAGES)
+        _count("picture", self.picture, 1, MOST_IMAGES)
+        _count("seed", self.seed, 0, LARGEST_SEED)
+        _count("second seed", self.second_seed, 0, LARGEST_SEED)
         if self.num_steps is not None:
-            _count("num_steps", self.num_steps, 1, MOST_STEPS)
+            _count("steps", self.num_steps, 1, MOST_STEPS)
         if self.guidance is not None:
             number("guidance", self.guidance, 1000)
         if self.label is not None:
@@ -77,9 +78,10 @@ class Wish:
         return Draw(self.num_steps or num_steps, self.seed, labels=labels, prompts=prompts, **options)
 
 
-def _count(key: str, value: object, least: int, most: int) -> None:
+def _count(what: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise UserError(f"{key} must be a whole number from {least:,} to {most:,}, not {value}")
+        given = "nothing" if value is None else value
+        raise UserError(f"{what} must be a whole number from {least:,} to {most:,}, not {given}")
 
 
 @dataclass(frozen=True)

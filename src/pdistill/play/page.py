@@ -62,7 +62,7 @@ def page_of(lineup: Lineup, facts: Facts, notes: Sequence[str] = ()) -> gr.Block
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                 second = gr.Number(1, label="Second seed", precision=0, visible=False)
                 count = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Number of pictures")
-                picture = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Which picture of the seed", visible=False)
+                picture = gr.Slider(1, MOST_IMAGES, value=1, step=1, label="Which picture", visible=False)
                 num_steps = gr.Textbox("", label="Steps", placeholder=OWN)
                 sampler = gr.Dropdown([OWN, *samplers()], value=OWN, label="Sampler")
                 labels = [IN_TURN, *map(str, range(facts.num_classes or 0))]
@@ -204,7 +204,8 @@ def markup(name: str, news: News) -> str:
     facts = ", ".join(filter(None, [steps, setting["sampler"], f"{strip.seconds:.3g} s", each, strip.note]))
     pictures = "".join(_picture(name, strip, k) for k in range(len(strip.images)))
     pixelated = " pixelated" if strip.images.shape[-1] < 128 else ""
-    columns = [min(most, len(strip.images)) for most in (PER_LINE, PER_NARROW_LINE)]
+    count = PER_LINE if setting["view"] == STEPS else len(strip.images)  # of every line, so that pictures are alike
+    columns = [min(most, count) for most in (PER_LINE, PER_NARROW_LINE)]
     return (
         f"<section><h2>{html.escape(name)}</h2> <span class='facts'>{html.escape(facts)}</span>"
         f"<div class='strip{pixelated}' style='--wide: {columns[0]}; --narrow: {columns[1]}'>{pictures}</div></section>"
@@ -231,6 +232,7 @@ def theme() -> gr.themes.Base:
     """Gradio's base with the system's fonts, none of which is fetched, and small print that can be read."""
     plain = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return plain.set(
+        button_primary_background_fill="*primary_600",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",
