@@ -42,6 +42,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
     ("steps", "optimizer", "dataset"),
     ("method", "metrics"),
     ("training", "report"),
+    ("play",),
     ("commands",),
 )
 UPWARDS = {("denoiser", "storage"), ("denoiser", "heads")}  # imported inside the methods of Denoiser

@@ -265,22 +265,32 @@ def generate(denoiser: Any, indices: Sequence[int], draw: Draw, device: torch.de
     total = len(starts) * draw.num_steps
     with bar((), f"sampling in {draw.num_steps} steps", total, "step", within=True) as progress:
         for k, start in enumerate(starts):
-            images = _drawn(denoiser, indices[start : start + draw.batch_size], draw, device, progress.update)
+            batch = indices[start : start + draw.batch_size]
+            images = drawn(denoiser, batch, draw, device, lambda i, z, x_hat: progress.update())
             progress.update((k + 1) * draw.num_steps - progress.done)  # of samplers that call nobody back
             yield images
 
 
-def _drawn(
-    denoiser: Any, batch: Sequence[int], draw: Draw, device: torch.device | str, on_step: Callable[[], None]
+def drawn(
+    denoiser: Any,
+    batch: Sequence[int],
+    draw: Draw,
+    device: torch.device | str = "cpu",
+    callback: Callback | None = None,
+    unit_noise: Tensor | None = None,
 ) -> Tensor:
-    """One batch of `generate`."""
+    """One batch of `generate`, on `device`; `callback(i, z, x_hat)` sees every step.
+
+    `unit_noise` (B, C, H, W) takes the place of the initial noise that depends on (seed, i).
+    """
     codec = getattr(denoiser, "codec", None)
 
     def noise(**key: int) -> Tensor:
         return sample_noise(draw.seed, batch, denoiser.image_shape, **key).to(device)
 
-    hooks: dict[str, Any] = {"step_noise": lambda i: noise(draw=i), "callback": lambda i, z, x_hat: on_step()}
-    images = sample(denoiser, noise(), condition=_condition(denoiser, batch, draw, device), **hooks, **draw.options())
+    initial = noise() if unit_noise is None else unit_noise.to(device)
+    hooks: dict[str, Any] = {"step_noise": lambda i: noise(draw=i), "callback": callback}
+    images = sample(denoiser, initial, condition=_condition(denoiser, batch, draw, device), **hooks, **draw.options())
     if not images.isfinite().all():
         used = sampler_of(denoiser, draw.sampler)
         raise UserError(

@@ -20,6 +20,7 @@ COMMANDS = {
     "status": "the runs here: their stage, metric, and whether somebody is writing them",
     "report": "one page on finished runs: pdistill report outputs/a outputs/b",
     "sweep": "one table over runs: pdistill sweep outputs/a outputs/b, or wandb:<entity>/<project>",
+    "play": "a local page, teacher and students side by side: pdistill play outputs/a",
     "push": "a denoiser with its model card, to the Hugging Face hub: pdistill push outputs/a me/name",
 }
 

@@ -1,23 +1,30 @@
 """Pictures: grids of samples, and the training images that are nearest to them."""
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import save_image
 
 from pdistill.bars import bar
-from pdistill.dataset.batches import to_float
+from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.errors import UserError
 from pdistill.files import whole
 
 
 def save_grid(images: Tensor, path: Path, nrow: int = 8, tile: int = 48) -> None:
     """A picture of (B, C, H, W) in [-1, 1], tiles enlarged without smoothing to at least `tile` pixels."""
+    save_picture(enlarged(images, tile), path, nrow=nrow, padding=2, pad_value=1.0)
+
+
+def enlarged(images: Tensor, tile: int) -> Tensor:
+    """(..., H, W) as whole multiples of that, without smoothing: the largest that is not wider than `tile`."""
     scale = max(1, tile // images.shape[-1])
-    enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    save_picture(enlarged, path, nrow=nrow, padding=2, pad_value=1.0)
+    return images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
 
 
 def save_picture(images: Tensor, path: Path, **layout: float) -> None:
@@ -32,10 +39,29 @@ def save_picture(images: Tensor, path: Path, **layout: float) -> None:
         raise UserError(f"{path}: its suffix is no format of pictures: use .png, .jpg or .webp")
     if not images.isfinite().all():
         raise UserError(f"{path} is not written: its images are not finite (NaN or infinite)")
-    channels = images.shape[-3]
-    shown = images.float() if channels in (1, 3) else images.float().narrow(-3, 0, 3 if channels > 3 else 1)
+    shown = visible(images.float())
     with whole(path) as temporary:
         save_image(shown, temporary, format=picture_format, normalize=True, value_range=(-1, 1), **layout)
+
+
+def visible(images: Tensor) -> Tensor:
+    """(..., C, H, W) with the channels that can be shown: grey and RGB as they are, else the first three or one."""
+    channels = images.shape[-3]
+    return images if channels in (1, 3) else images.narrow(-3, 0, 3 if channels > 3 else 1)
+
+
+def png(image: Tensor, texts: Mapping[str, str], tile: int) -> bytes:
+    """(C, H, W) in [-1, 1] as a PNG file that holds the texts by their keywords (tEXt; iTXt beyond Latin-1).
+
+    It is enlarged without smoothing to at most `tile` pixels in width.
+    """
+    info = PngInfo()
+    for keyword, text in texts.items():
+        info.add_text(keyword, text)
+    pixels = to_uint8(enlarged(visible(image.float().cpu()), tile)).movedim(0, -1)
+    content = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1).numpy()).save(content, "PNG", pnginfo=info)
+    return content.getvalue()
 
 
 @torch.inference_mode()
