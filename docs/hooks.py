@@ -47,7 +47,7 @@ def page_of(link: str) -> str:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The navigation."""
     sections = [{heading: [{title: page} for title, page, _ in pages]} for heading, pages in listed().items()]
-    config.nav = [{"pdistill": "index.md"}, *sections]
+    config.nav = [{"Home": "index.md"}, *sections]
     return config
 
 
@@ -58,7 +58,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, page, content=from_the_top((ROOT / source).read_text("utf-8"))))
     for name, content in pages_of_the_notebook(ROOT / "docs" / "quickstart.ipynb").items():
         files.append(File.generated(config, name, content=content))
-    files.append(File.generated(config, "keys.md", content=keys_page()))
     outside = {path for page in (ROOT / "docs").glob("*.md") for path, _ in OUTSIDE.findall(page.read_text("utf-8"))}
     for path in sorted(outside - set(AT_THE_TOP)):
         if (ROOT / path).is_file():  # else MkDocs warns of the link
@@ -74,24 +73,19 @@ def from_the_top(text: str) -> str:
     return text
 
 
-def keys_page() -> str:
-    """What `--help` of the commands says."""
+def keys() -> str:
+    """What `--help` of the commands says: the rest of docs/keys.md."""
     from pdistill.commands import help as help_page
 
-    parts = ["# Commands and keys\n\nWhat `pdistill <command> --help` prints, for reading and for the search above."]
-    parts += ["## pdistill\n\n```\n" + help_page.overview() + "\n```"]
-    for command in COMMANDS:
-        parts += [f"## {command}\n\n```\n" + help_page.of_command(command, subcommand=True) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+    texts = {"pdistill": help_page.overview()}
+    texts |= {command: help_page.of_command(command, subcommand=True) for command in COMMANDS}
+    return "".join(f"\n## {name}\n\n```\n{text}\n```\n" for name, text in texts.items())
 
 
 def pages_of_the_notebook(path: Path) -> dict[str, str | bytes]:
-    """The notebook as a page, its pictures beside it, and itself."""
-    if not path.exists():
-        return {}
-    text = path.read_text("utf-8")
+    """The notebook as a page, and its pictures beside it."""
     page, files = [], {}
-    for cell in json.loads(text)["cells"]:
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             page.append(source)
@@ -105,7 +99,7 @@ def pages_of_the_notebook(path: Path) -> dict[str, str | bytes]:
                 page.append(f"![What the cell above shows]({name})")
             elif words := "".join(output.get("text", shown.get("text/plain", ""))).rstrip():
                 page.append(f"```\n{words}\n```")
-    return {"quickstart.md": "\n\n".join(page) + "\n", **files, "quickstart.ipynb": text}
+    return {"quickstart.md": "\n\n".join(page) + "\n", **files}
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -113,6 +107,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = OUTSIDE.sub(lambda link: f"]({page_of('../' + link[1])}{link[2] or ''})", markdown)
     markdown = re.sub(r"\]\(quickstart\.ipynb\)", "](quickstart.md)", markdown)
     abouts = {name: about for pages in listed().values() for _, name, about in pages}
+    if page.file.src_uri == "keys.md":
+        markdown += keys()
     page.meta.setdefault("description", abouts.get(page.file.src_uri, config.site_description))
     written[page.file.src_uri] = markdown
     return markdown

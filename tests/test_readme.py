@@ -38,6 +38,19 @@ HERE = {  # for what the README names, what a test has
     "baselines=all": "baselines=ddim metrics.num_samples=100 bootstrap=0 name=readme",
 }
 MODULES = {"pdistill.interop.flax": "test_official.py"}  # of `python -m`, with the test that runs them
+LAUNCHED = re.compile(r"^(torchrun( --\S+)* |(exec|srun( --\S+)*|\w+=\S+) python )")  # what stands before a program
+SHELL = ("", "bash")  # the languages of blocks of commands
+OTHERS = (
+    ". .venv/bin/activate",
+    "pre-commit install",
+    "pytest tests/",
+    "hf auth login",
+    "cp <",
+    "python3 -m pip install",
+)
+DRAWINGS = {"architecture.md": 2}  # blocks that are neither commands nor code
+RUN_ELSEWHERE = {"extending.md": "test_extending.py", "quickstart.md": "test_notebook.py"}
+COMPILED = {"teachers.md": "test_text.py", "guidance.md": "test_guidance.py"}  # with the test of what they show
 OF_EXTENDING = ("--config-dir", "imports=")  # commands with parts of docs/extending.md, which test_extending.py runs
 
 
@@ -49,8 +62,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def commands(text: str) -> list[str]:
     """The lines that begin with a program, continued ones joined, comments left out, "there" for <what to fill in>."""
     lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
-    lines = (re.sub(r"<[^>]+>", "there", line) for line in lines if line.startswith(PROGRAMS))
-    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    lines = (re.sub(r"<[^>]+>", "there", LAUNCHED.sub("python ", line)) for line in lines)
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines if line.startswith(PROGRAMS)]
 
 
 def remarks(header: str) -> str:
@@ -59,8 +72,8 @@ def remarks(header: str) -> str:
     return re.sub(r"\s{2,}", "\n", "\n".join(lines))
 
 
-README = [command for language, content in blocks(PAGES[0]) if not language for command in commands(content)]
-IN_PAGES = [c for page in PAGES for language, content in blocks(page) if not language for c in commands(content)]
+README = [command for language, content in blocks(PAGES[0]) if language in SHELL for command in commands(content)]
+IN_PAGES = [c for page in PAGES for language, content in blocks(page) if language in SHELL for c in commands(content)]
 IN_CONF = [c for file in sorted((ROOT / "conf").rglob("*.yaml")) for c in commands(remarks(file.read_text()))]
 ALL = list(dict.fromkeys([*IN_PAGES, *IN_CONF]))
 
@@ -186,6 +199,41 @@ def test_the_readmes_python_runs(smoke, workplace, tmp_path, monkeypatch):
         )
         assert len(names["images"]) in (2, 4)
     assert names["images"].isfinite().all() and names["student"].num_steps == 4
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_every_block_of_the_pages_is_looked_at(page, smoke, tiny, tmp_path, monkeypatch):
+    """Commands are composed, or known by their beginning; Python runs on what a test has, or is compiled at least."""
+    drawings, unknown = 0, []
+    for language, content in blocks(page):
+        if language in SHELL:
+            lines = [line.strip() for line in content.replace("\\\n", " ").splitlines() if line.strip()]
+            lines = [line for line in lines if not line.startswith("#") and not line.startswith(OTHERS)]
+            drawings += not commands(content) and bool(lines)
+            unknown += [line for line in lines if not commands(line)] if commands(content) else []
+        elif language == "python":
+            code = compile(content, page.name, "exec")
+            if page.name not in COMPILED | RUN_ELSEWHERE:
+                _run(code, smoke, tiny, tmp_path, monkeypatch)
+        else:
+            assert page.name in RUN_ELSEWHERE and language == "yaml", f"a block of {language}: who runs it?"
+    assert not unknown and drawings == DRAWINGS.get(page.name, 0)
+    assert all((ROOT / "tests" / test).exists() for test in (COMPILED | RUN_ELSEWHERE).values())
+
+
+def _run(code: Any, smoke: Path, tiny: Any, place: Path, monkeypatch: Any) -> None:
+    """Python of a page, where its folders are students of 4 steps; of classes where the code speaks of them."""
+    monkeypatch.chdir(place)
+    if any("class_labels" in str(constant) for constant in code.co_consts):
+        student = tiny("v", num_classes=10)
+        student.num_steps = 4
+        student.save(place / "student")
+    else:
+        for name in ("student", "mine-4-steps"):
+            shutil.copytree(smoke / "steps-0004" / "denoiser", place / name, dirs_exist_ok=True)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert len(names["images"]) == 4
 
 
 def write_pipeline(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """The documentation site: built once as `make docs` does, warnings being errors; its links, llms.txt, a browser."""
 
 import os
+import re
 import subprocess
 import sys
-from functools import cache
+import threading
+from functools import cache, partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -12,6 +15,7 @@ import pytest
 from browser import opened
 
 ROOT = Path(__file__).parent.parent
+FOREIGN = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^)"']+""")  # in a style sheet
 LOADED = {"img": "src", "script": "src", "iframe": "src", "link": "href", "source": "src"}
 
 
@@ -75,12 +79,8 @@ def test_every_link_leads_somewhere(site):
 
 def test_nothing_is_loaded_from_elsewhere(site):
     foreign = [f"{page.name}: {load}" for page in site.rglob("*.html") for load in parsed(page).loads if ":" in load]
-    foreign += [f"{file.name}: {load}" for file in site.rglob("*.css") for load in _imports(file.read_text())]
+    foreign += [f"{file.name}: {load}" for file in site.rglob("*.css") for load in FOREIGN.findall(file.read_text())]
     assert [load for load in foreign if "data:" not in load] == []
-
-
-def _imports(css: str) -> list[str]:
-    return [word for word in css.replace("(", " ").split() if word.strip("\"'").startswith(("http:", "https:", "//"))]
 
 
 def test_llms_txt_lists_every_page(site):
@@ -104,22 +104,42 @@ def test_a_dead_link_ends_the_build(tmp_path):
     """The settings that make it so, on a page of one's own: the whole site would take as long again."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Home\n\n[one](#missing) [two](none.md)\n")
-    changed = "hooks: []\nplugins: []\nextra_css: []\ntheme: {name: mkdocs, favicon: null}\nexclude_docs: ''\n"
+    changed = "hooks: []\nplugins: []\nextra_css: []\ntheme: {name: mkdocs, favicon: null}\n"
     (tmp_path / "mkdocs.yml").write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nwatch: []\n{changed}")
     done = build(tmp_path / "site", "--config-file", str(tmp_path / "mkdocs.yml"))
     assert done.returncode == 1 and "Aborted with 2 warnings" in done.stderr
     assert "'#missing'" in done.stderr and "'none.md'" in done.stderr
 
 
-def test_the_site_in_a_browser(site, tmp_path):
-    """Nothing fails, nothing is asked of another host, and a phone shows every page without scrolling sideways."""
+@pytest.fixture
+def served(site):
+    """The address of the site, where a server of this process has it: a search needs one."""
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+def test_the_site_in_a_browser(served, tmp_path):
+    """Nothing fails, nothing is asked of another host, a phone scrolls no page sideways, and the search finds."""
     with opened(tmp_path / "profile", width=390) as page:
         faults, asked = [], []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         for name in ("index", "methods", "api"):
-            page.goto(f"file://{site}/{name}.html")
+            page.goto(f"{served}/{name}.html")
             width = page.evaluate("document.documentElement.scrollWidth")
             assert width <= 390, f"{name}.html is {width} pixels wide"
         assert page.locator("h1").first.inner_text().startswith("Python API")
-        assert not faults and all(url.startswith(("file:", "data:", "blob:")) for url in asked) and len(asked) > 10
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.locator("input[name=query]").fill("parallel decoding")
+        page.locator(".md-search-result__item a").first.wait_for(timeout=20_000)
+        found = page.locator(".md-search-result__item a").first.get_attribute("href")
+        assert "methods.html" in found and not faults
+        assert len(asked) > 10 and all(url.startswith((served, "data:", "blob:")) for url in asked)
