@@ -15,6 +15,7 @@ from forked import Command
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -85,10 +86,11 @@ def of_hydra(command: str) -> bool:
 
 def check(command: str, arguments: list[str]) -> None:
     """Composes a command line and makes its settings, which check themselves; of a multirun, every value once."""
-    overrides = [word for word in arguments if not word.startswith("-")]
+    of_optuna = ("hydra/sweeper=optuna", "hydra.sweeper.")  # which is not among the packages of the tests
+    overrides = [word for word in arguments if not word.startswith(("-", *of_optuna))]
     parsed = OverridesParser.create().parse_overrides(overrides)
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    swept = {o.key_or_group: list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
+    swept = {o.key_or_group: _values(o) for o in parsed if o.is_sweep_override()}
     assert "-m" in arguments or not swept, f"several values of {', '.join(swept)}, without -m"
     if "-m" in arguments:
         of_experiment = composed(command, fixed).hydra.sweeper.params or {}
@@ -99,6 +101,14 @@ def check(command: str, arguments: list[str]) -> None:
         with open_dict(cfg):
             del cfg["hydra"]
         settings_of(cfg)
+
+
+def _values(override: Override) -> list[str]:
+    """What a sweep tries: of an interval, its ends."""
+    if override.is_interval_sweep():
+        interval: Any = override.value()
+        return [str(interval.start), str(interval.end)]
+    return list(override.sweep_string_iterator())
 
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
