@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import opened
+from browser import chromium, opened
 
 ROOT = Path(__file__).parent.parent
 FOREIGN = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^)"']+""")  # in a style sheet
@@ -107,8 +107,8 @@ def test_a_dead_link_ends_the_build(tmp_path):
     changed = "hooks: []\nplugins: []\nextra_css: []\ntheme: {name: mkdocs, favicon: null}\n"
     (tmp_path / "mkdocs.yml").write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nwatch: []\n{changed}")
     done = build(tmp_path / "site", "--config-file", str(tmp_path / "mkdocs.yml"))
-    assert done.returncode == 1 and "Aborted with 2 warnings" in done.stderr
-    assert "'#missing'" in done.stderr and "'none.md'" in done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "Aborted with 2 warnings" in said and "'#missing'" in said and "'none.md'" in said
 
 
 @pytest.fixture
@@ -138,8 +138,19 @@ def test_the_site_in_a_browser(served, tmp_path):
             assert width <= 390, f"{name}.html is {width} pixels wide"
         assert page.locator("h1").first.inner_text().startswith("Python API")
         page.set_viewport_size({"width": 1280, "height": 900})
-        page.locator("input[name=query]").fill("parallel decoding")
+        page.locator("input[name=query]").click()
+        page.locator("input[name=query]").press_sequentially("parallel decoding")
         page.locator(".md-search-result__item a").first.wait_for(timeout=20_000)
         found = page.locator(".md-search-result__item a").first.get_attribute("href")
         assert "methods.html" in found and not faults
         assert len(asked) > 10 and all(url.startswith((served, "data:", "blob:")) for url in asked)
+
+
+def test_in_ci_a_missing_browser_is_a_failure(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="needs Chromium"):
+        chromium()
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no Chromium, which CI must have"):
+        chromium()
