@@ -36,7 +36,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "metrics.settings",
     ),
     MATHS,
-    ("guided", "network", "claims", "denoiser", "heads", "lora"),
+    ("unets", "guided", "network", "claims", "denoiser", "heads", "lora"),
     ("interop",),
     ("storage",),
     ("steps", "optimizer", "dataset"),

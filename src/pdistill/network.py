@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from pdistill import registry
+from pdistill import registry, unets
 from pdistill.errors import UserError
 from pdistill.guided import GuidedUNet2DModel
 from pdistill.randomness import seed_of
 from pdistill.sampling import Condition
+from pdistill.unets import UNet2DModel
 
 CONDITIONAL_UNET = "conditional_unet"  # what a directory calls a UNet2DConditionModel; its configuration is in unet/
 GUIDANCE_FEATURES = 256  # of a UNet2DConditionModel's `timestep_cond`, as in latent consistency models
@@ -101,7 +101,7 @@ def call(network: nn.Module, z: Tensor, timestep: Tensor, condition: Condition =
     """
     given = {"label": condition} if isinstance(condition, Tensor) else dict(condition or {})
     keywords = {"class_labels" if name == "label" else name: value for name, value in given.items()}
-    if isinstance(network, UNet2DConditionModel) and "guidance" in keywords:
+    if unets.is_conditional(network) and "guidance" in keywords:
         w = keywords.pop("guidance") - 1
         size = network.config["time_cond_proj_dim"]
         keywords["timestep_cond"] = get_timestep_embedding(1000 * w, size, downscale_freq_shift=1).to(z.dtype)
@@ -115,7 +115,7 @@ def check_place_for_guidance(network: nn.Module) -> None:
         takes = network.config["num_class_embeds"] is not None
     else:
         named = "guidance" in inspect.signature(network.forward).parameters
-        takes = named or isinstance(network, UNet2DConditionModel)
+        takes = named or unets.is_conditional(network)
     if not takes:
         raise UserError(
             f"a {type(network).__name__} has no input for a range of guidance: give one value, e.g. guidance=2, or a "
@@ -129,8 +129,8 @@ def with_guidance(network: nn.Module) -> nn.Module:
     Raises UserError for a network that has no place for it.
     """
     check_place_for_guidance(network)
-    if isinstance(network, UNet2DConditionModel):
-        other = _rebuilt(network, UNet2DConditionModel, time_cond_proj_dim=GUIDANCE_FEATURES)
+    if unets.is_conditional(network):
+        other = _rebuilt(network, type(network), time_cond_proj_dim=GUIDANCE_FEATURES)
         nn.init.zeros_(other.get_parameter("time_embedding.cond_proj.weight"))
         return other
     return _rebuilt(network, GuidedUNet2DModel) if isinstance(network, UNet2DModel) else network
@@ -191,7 +191,7 @@ def description(network: nn.Module) -> dict[str, Any]:
 
     Raises UserError for a network that is not registered, or whose arguments nobody knows.
     """
-    if isinstance(network, UNet2DModel | UNet2DConditionModel):
+    if isinstance(network, UNet2DModel) or unets.is_conditional(network):
         config = {k: v for k, v in network.config.items() if not k.startswith("_")}
         name = "unet" if isinstance(network, UNet2DModel) else CONDITIONAL_UNET
         return {"name": name, "arguments": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
@@ -223,7 +223,7 @@ def rebuild(made: Mapping[str, Any]) -> nn.Module:
 
 def image_shape_of(network: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of a diffusers UNet's images or latents. Raises UserError for another network, which does not tell."""
-    if not isinstance(network, UNet2DModel | UNet2DConditionModel):
+    if not (isinstance(network, UNet2DModel) or unets.is_conditional(network)):
         raise UserError(
             f"a {type(network).__name__} does not tell the shape of its images: "
             f"give Denoiser(..., image_shape=(C, H, W))"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 
 from pdistill import claims, lora, registry
 from pdistill import network as networks
@@ -23,6 +22,7 @@ from pdistill.files import read_json, whole_directory, write_json
 from pdistill.interop import stable_diffusion, students
 from pdistill.reading import tensors_of
 from pdistill.sampling import DDIM
+from pdistill.unets import UNet2DModel, is_conditional
 
 FORMAT = 2  # 1, of version 0.1.0, is read too
 DEFAULT_GRID = 1024  # steps that a teacher's diffusers pipeline is written for
@@ -56,7 +56,7 @@ def save(denoiser: Denoiser, directory: Path, grid: int | None = None) -> None:
     with whole_directory(directory) as temporary:
         if isinstance(denoiser.network, UNet2DModel):
             students.write_unet(denoiser, weights, grid, metadata, temporary)
-        elif isinstance(denoiser.network, UNet2DConditionModel):
+        elif is_conditional(denoiser.network):
             stable_diffusion.write(denoiser, weights, metadata, temporary)
         else:
             (temporary / WEIGHTS).parent.mkdir()
@@ -172,7 +172,7 @@ def _check_parts(denoiser: Denoiser) -> None:
     claims.check_shape(denoiser.pixel_shape)
     if isinstance(network, UNet2DModel) and network.config["sample_size"] is not None:
         claims.check_shape(networks.image_shape_of(network))  # which diffusers would draw
-    if isinstance(network, UNet2DModel | UNet2DConditionModel):
+    if isinstance(network, UNet2DModel) or is_conditional(network):
         channels = network.config["in_channels"], network.config["out_channels"]
         if channels != (shape[0], denoiser.parameterization.channels(shape[0])):
             raise ValueError(f"its network takes and gives {channels} channels, for images of {shape[0]}")

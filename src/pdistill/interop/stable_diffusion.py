@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from pdistill import claims
@@ -95,7 +94,7 @@ class Codec:
     @functools.cached_property
     def vae(self) -> Any:
         """The autoencoder, in eval mode, float32."""
-        return self._component("vae", AutoencoderKL)
+        return self._component("vae", diffusers.AutoencoderKL)
 
     @functools.cached_property
     def text_encoder(self) -> Any:
@@ -252,24 +251,24 @@ def write(denoiser: "Denoiser", weights: dict[str, Tensor], metadata: dict[str, 
     write_json(directory / PROMPTS, prompts)
 
 
-def read(directory: Path) -> UNet2DConditionModel:
+def read(directory: Path) -> "diffusers.UNet2DConditionModel":
     """The network of a directory that `write` wrote."""
     config, weights = _read(directory / "unet"), tensors_of(directory / UNET_WEIGHTS)
     if config.pop(GUIDANCE_IGNORED, False):
         config |= WITHOUT_GUIDANCE
         del weights[COND_PROJ]
     claims.check_layers(config)
-    network: Any = claims.fitted(lambda: UNet2DConditionModel.from_config(config), weights)  # type: ignore[arg-type,return-value]
+    network: Any = claims.fitted(lambda: diffusers.UNet2DConditionModel.from_config(config), weights)  # type: ignore[arg-type,return-value]
     return network
 
 
-def _scheduler(denoiser: "Denoiser") -> DPMSolverMultistepScheduler:
+def _scheduler(denoiser: "Denoiser") -> "diffusers.DPMSolverMultistepScheduler":
     """DDIM without clipping, at the timesteps round(T i / N) - 1."""
     schedule = denoiser.schedule
     kind: Any = PREDICTION_TYPES.get(type(denoiser.parameterization))  # type: ignore[call-overload]
     if not isinstance(schedule, BetaSchedule) or kind is None:
         raise UserError("a UNet2DConditionModel is stored with a schedule of betas, predicting eps, x or v")
-    return DPMSolverMultistepScheduler(
+    return diffusers.DPMSolverMultistepScheduler(
         num_train_timesteps=len(schedule.alphas_cumprod),
         trained_betas=betas(schedule, len(schedule.alphas_cumprod)),
         prediction_type=kind,

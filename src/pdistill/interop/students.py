@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.models.embeddings import Timesteps
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +30,7 @@ from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
 from pdistill.reading import json_of, tensors_of, text_of
 from pdistill.sampling import DDIM, STOCHASTIC
 from pdistill.schedule import variance_preserving
+from pdistill.unets import UNet2DModel
 
 if TYPE_CHECKING:
     from pdistill.denoiser import Denoiser
@@ -72,7 +72,7 @@ def write_unet(
         weight, changes = refit
         weights = weights | {ITS_WEIGHT: weight}
         shutil.copyfile(PIPELINE, directory / PIPELINE.name)
-        _write_index(directory, FlowMatchEulerDiscreteScheduler(num_train_timesteps=grid))
+        _write_index(directory, diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=grid))
     else:
         changes = {}
         inner = type(getattr(denoiser.parameterization, "inner", denoiser.parameterization))
@@ -132,7 +132,7 @@ def _is_variance_preserving(denoiser: "Denoiser") -> bool:
     return all(torch.allclose(*pair) for pair in processes)
 
 
-def _learned(denoiser: "Denoiser", grid: int) -> tuple[Tensor, dict[str, Any], DPMSolverMultistepScheduler]:
+def _learned(denoiser: "Denoiser", grid: int) -> "tuple[Tensor, dict[str, Any], diffusers.DPMSolverMultistepScheduler]":
     """The rows of a learned embedding of time, the configuration's changes, and clipped DDIM with eps recomputed.
 
     diffusers sees a teacher's grid as it is. Of a student it sees a grid that is at least REFINED times as fine as its
@@ -148,7 +148,7 @@ def _learned(denoiser: "Denoiser", grid: int) -> tuple[Tensor, dict[str, Any], D
     ahead = min(REFINED, refined)  # the last betas before t = i/N, which reach its log-SNR together: see `_betas`
     t = ((k + ahead) / refined).floor().clamp(min=1) / grid
     rows = network.time_proj(denoiser.schedule.timestep(t).float().to(network.device)).cpu()
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler = diffusers.DPMSolverMultistepScheduler(
         num_train_timesteps=len(t),
         trained_betas=_betas(denoiser.schedule(t)),
         prediction_type=PREDICTION_TYPES[type(denoiser.parameterization)],  # type: ignore[arg-type]

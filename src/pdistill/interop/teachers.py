@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from pdistill import claims, processes
@@ -23,6 +22,7 @@ from pdistill.interop.hub import LAYOUT, WEIGHTS, fetch_components, fetch_weight
 from pdistill.parameterization import Eps, Flow, Parameterization, V, X
 from pdistill.reading import json_of, text_of
 from pdistill.schedule import BetaSchedule, DiscreteBetaSchedule, FlowSchedule, Schedule
+from pdistill.unets import UNet2DModel
 
 PREDICTIONS = {"epsilon": Eps, "sample": X, "v_prediction": V}
 SUPPORTED = (
@@ -93,7 +93,10 @@ def _loaded(name: str, revision: str | None, null_label: int | None) -> Denoiser
             raise _refusal(name, "its scheduler is of flow matching, and it is read with a scheduler of betas alone")
         if on_hub:
             fetch_components(name, revision, stable_diffusion.LINKED)
-        network, discrete = _network(name, unet, UNet2DConditionModel), DiscreteBetaSchedule(schedule.alphas_cumprod)
+        network, discrete = (
+            _network(name, unet, diffusers.UNet2DConditionModel),
+            DiscreteBetaSchedule(schedule.alphas_cumprod),
+        )
         codec = stable_diffusion.Codec(folder)
         return Denoiser(network, parameterization, discrete, lineage=lineage, codec=codec).eval()
     network = _network(name, unet, UNet2DModel)
@@ -272,7 +275,7 @@ def _schedule(name: str, scheduler: Path, config: dict[str, Any]) -> tuple[Sched
     if reason := _remote_code(config):
         raise _refusal(name, reason)
     cls = getattr(diffusers, kind, None)
-    if not isinstance(cls, type) or not (issubclass(cls, SchedulerMixin) or hasattr(cls, "_backends")):
+    if not isinstance(cls, type) or not (issubclass(cls, diffusers.SchedulerMixin) or hasattr(cls, "_backends")):
         raise _refusal(
             name, f"diffusers {diffusers.__version__} has no scheduler {kind}: save its betas as DDPMScheduler's"
         )
