@@ -5,7 +5,7 @@ WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --dist worksteal
 READY := .venv/ready
 
-.PHONY: setup demo test test-all faults lint format wheel bench bench-quick gpu clean
+.PHONY: setup demo docs test test-all faults lint format wheel bench bench-quick gpu clean
 
 setup: $(READY)
 
@@ -27,6 +27,9 @@ test-all: $(READY)
 
 faults: $(READY)  # kills, full disks, dead processes and so on, counted: docs/reliability.md
 	$(BIN)/python -m pytest tests/faults -m 'slow or not slow'
+
+docs: $(READY)  # the documentation site, in build/docs; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

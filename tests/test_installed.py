@@ -28,6 +28,7 @@ MODULE_OF = {  # a distribution's module, where the names differ
     "pyyaml": "yaml",
 }
 BY_OTHERS = {"tensorboard", "onnx", "onnxscript"}  # of Lightning's TensorBoardLogger, and of torch.onnx
+BY_OTHERS |= {"mkdocs_material", "mkdocstrings"}  # of mkdocs.yml
 
 
 def _modules_of(requirements: list[str]) -> set[str]:

@@ -15,6 +15,7 @@ from forked import Command
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +39,19 @@ HERE = {  # for what the README names, what a test has
     "baselines=all": "baselines=ddim metrics.num_samples=100 bootstrap=0 name=readme",
 }
 MODULES = {"pdistill.interop.flax": "test_official.py"}  # of `python -m`, with the test that runs them
+LAUNCHED = re.compile(r"^(torchrun( --\S+)* |(exec|srun( --\S+)*|\w+=\S+) python )")  # what stands before a program
+SHELL = ("", "bash")  # the languages of blocks of commands
+OTHERS = (
+    ". .venv/bin/activate",
+    "pre-commit install",
+    "pytest tests/",
+    "hf auth login",
+    "cp <",
+    "python3 -m pip install",
+)
+DRAWINGS = {"architecture.md": 2}  # blocks that are neither commands nor code
+RUN_ELSEWHERE = {"extending.md": "test_extending.py", "quickstart.md": "test_notebook.py"}
+COMPILED = {"teachers.md": "test_text.py", "guidance.md": "test_guidance.py"}  # with the test of what they show
 OF_EXTENDING = ("--config-dir", "imports=")  # commands with parts of docs/extending.md, which test_extending.py runs
 
 
@@ -49,8 +63,8 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def commands(text: str) -> list[str]:
     """The lines that begin with a program, continued ones joined, comments left out, "there" for <what to fill in>."""
     lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
-    lines = (re.sub(r"<[^>]+>", "there", line) for line in lines if line.startswith(PROGRAMS))
-    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    lines = (re.sub(r"<[^>]+>", "there", LAUNCHED.sub("python ", line)) for line in lines)
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines if line.startswith(PROGRAMS)]
 
 
 def remarks(header: str) -> str:
@@ -59,8 +73,8 @@ def remarks(header: str) -> str:
     return re.sub(r"\s{2,}", "\n", "\n".join(lines))
 
 
-README = [command for language, content in blocks(PAGES[0]) if not language for command in commands(content)]
-IN_PAGES = [c for page in PAGES for language, content in blocks(page) if not language for c in commands(content)]
+README = [command for language, content in blocks(PAGES[0]) if language in SHELL for command in commands(content)]
+IN_PAGES = [c for page in PAGES for language, content in blocks(page) if language in SHELL for c in commands(content)]
 IN_CONF = [c for file in sorted((ROOT / "conf").rglob("*.yaml")) for c in commands(remarks(file.read_text()))]
 ALL = list(dict.fromkeys([*IN_PAGES, *IN_CONF]))
 
@@ -72,10 +86,11 @@ def of_hydra(command: str) -> bool:
 
 def check(command: str, arguments: list[str]) -> None:
     """Composes a command line and makes its settings, which check themselves; of a multirun, every value once."""
-    overrides = [word for word in arguments if not word.startswith("-")]
+    of_optuna = ("hydra/sweeper=optuna", "hydra.sweeper.")  # which is not among the packages of the tests
+    overrides = [word for word in arguments if not word.startswith(("-", *of_optuna))]
     parsed = OverridesParser.create().parse_overrides(overrides)
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    swept = {o.key_or_group: list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
+    swept = {o.key_or_group: _values(o) for o in parsed if o.is_sweep_override()}
     assert "-m" in arguments or not swept, f"several values of {', '.join(swept)}, without -m"
     if "-m" in arguments:
         of_experiment = composed(command, fixed).hydra.sweeper.params or {}
@@ -86,6 +101,14 @@ def check(command: str, arguments: list[str]) -> None:
         with open_dict(cfg):
             del cfg["hydra"]
         settings_of(cfg)
+
+
+def _values(override: Override) -> list[str]:
+    """What a sweep tries: of an interval, its ends."""
+    if override.is_interval_sweep():
+        interval: Any = override.value()
+        return [str(interval.start), str(interval.end)]
+    return list(override.sweep_string_iterator())
 
 
 def composed(command: str, overrides: list[str]) -> DictConfig:
@@ -186,6 +209,41 @@ def test_the_readmes_python_runs(smoke, workplace, tmp_path, monkeypatch):
         )
         assert len(names["images"]) in (2, 4)
     assert names["images"].isfinite().all() and names["student"].num_steps == 4
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_every_block_of_the_pages_is_looked_at(page, smoke, tiny, tmp_path, monkeypatch):
+    """Commands are composed, or known by their beginning; Python runs on what a test has, or is compiled at least."""
+    drawings, unknown = 0, []
+    for language, content in blocks(page):
+        if language in SHELL:
+            lines = [line.strip() for line in content.replace("\\\n", " ").splitlines() if line.strip()]
+            lines = [line for line in lines if not line.startswith("#") and not line.startswith(OTHERS)]
+            drawings += not commands(content) and bool(lines)
+            unknown += [line for line in lines if not commands(line)] if commands(content) else []
+        elif language == "python":
+            code = compile(content, page.name, "exec")
+            if page.name not in COMPILED | RUN_ELSEWHERE:
+                _run(code, smoke, tiny, tmp_path, monkeypatch)
+        else:
+            assert page.name in RUN_ELSEWHERE and language == "yaml", f"a block of {language}: who runs it?"
+    assert not unknown and drawings == DRAWINGS.get(page.name, 0)
+    assert all((ROOT / "tests" / test).exists() for test in (COMPILED | RUN_ELSEWHERE).values())
+
+
+def _run(code: Any, smoke: Path, tiny: Any, place: Path, monkeypatch: Any) -> None:
+    """Python of a page, where its folders are students of 4 steps; of classes where the code speaks of them."""
+    monkeypatch.chdir(place)
+    if any("class_labels" in str(constant) for constant in code.co_consts):
+        student = tiny("v", num_classes=10)
+        student.num_steps = 4
+        student.save(place / "student")
+    else:
+        for name in ("student", "mine-4-steps"):
+            shutil.copytree(smoke / "steps-0004" / "denoiser", place / name, dirs_exist_ok=True)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert len(names["images"]) == 4
 
 
 def write_pipeline(folder: Path) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wandb
+from browser import FLAGS, chromium
 from finished_runs import UNMEASURED, evaluated, make_run, write_evaluation
 from PIL import Image
 from wandb_workspaces.reports.v2 import Report
@@ -21,8 +22,6 @@ from pdistill.metrics.curve import measure_teacher, teacher_points
 from pdistill.report import page, plots, tables
 from pdistill.report.grids import nearest_neighbours, save_grid
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 WATCH = "<script>window.onerror = message => { document.title = 'error: ' + message; };</script>"
 ACT = """<script>
   const input = document.querySelector("input[type=range]"), seen = [];
@@ -57,7 +56,6 @@ def old() -> Path:
     return make_run("old", {"teacher": 5.5, "steps-0004": 6.0, "steps-0002": 7.25, "steps-0001": 8.5})
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_report_in_a_browser(tmp_path):
     make_run("run", {"teacher": 12.5, "steps-0004": None, "steps-0002": 7.25, "steps-0001": 8.5})
     report.main(["outputs/run"])
@@ -65,8 +63,14 @@ def test_report_in_a_browser(tmp_path):
     assert not re.search(r"""(src|href)=["']?(http|//)""", text)  # needs no network
     watched = tmp_path / "report.html"
     watched.write_text(text.replace("<head>", "<head>" + WATCH).replace("</body>", ACT + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", *QUIET, f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *flags, "--window-size=390,800", "--dump-dom", f"file://{watched}"]
+    command = [
+        chromium(),
+        *FLAGS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,800",
+        "--dump-dom",
+        f"file://{watched}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     title = re.search("<title>(.*?)</title>", done.stdout)[1].replace("&quot;", '"')
     assert json.loads(title) == [

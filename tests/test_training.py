@@ -31,9 +31,9 @@ from pdistill.training.callbacks import PerUpdate
 from pdistill.training.checkpoint import WholeCheckpoints
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
-from pdistill.training.fit import FitSettings, accumulated_batches, fit
+from pdistill.training.fit import FitSettings, accumulated_batches, filled, fit
 from pdistill.training.module import Recipe
-from pdistill.training.settings import Training
+from pdistill.training.settings import Distillation, Training
 from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import snr_plus_one
 
@@ -156,6 +156,18 @@ def test_a_resumed_stage_is_the_same_to_the_byte(denoiser, tmp_path, kind, capsy
     assert weights(tmp_path / "undisturbed") == weights(tmp_path / "stopped")
     assert {p.name for p in (tmp_path / "stopped").iterdir()} == {"cost.json", "denoiser"}
     assert capsys.readouterr().err == ""
+
+
+def test_settings_that_are_left_out_are_the_modules(denoiser, tmp_path):
+    teacher, student = TeacherModule(denoiser), DistillationModule(denoiser, STAGE)
+    full = filled(FitSettings(tmp_path / "teacher"), teacher)
+    assert (full.prefix, full.updates, full.num_steps) == ("teacher", Training().updates, 0)
+    full = filled(FitSettings(tmp_path / "steps-0004"), student)
+    assert (full.prefix, full.updates, full.num_steps) == ("steps_0004", 6, 4)
+    with pytest.raises(UserError, match=r"no number of updates: give FitSettings\(updates="):
+        filled(FitSettings(tmp_path), TeacherModule(denoiser, Recipe(Distillation())))
+    with pytest.raises(UserError, match=r"no step count to be measured at: give FitSettings\(num_steps="):
+        filled(FitSettings(tmp_path, metric=SimpleNamespace()), teacher)
 
 
 def test_a_stage_stopped_after_its_last_update_only_saves(denoiser, tmp_path, monkeypatch):

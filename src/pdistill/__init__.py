@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING
 from pdistill.registry import register
 
 if TYPE_CHECKING:
+    from pdistill.dataset import ImageSet, digits
     from pdistill.denoiser import Denoiser
     from pdistill.interop.flax import load_official_checkpoint
     from pdistill.interop.teachers import load_diffusers_teacher
+    from pdistill.metrics.classifier import train_classifier
+    from pdistill.metrics.fid import FID
+    from pdistill.network import unet
     from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps
+    from pdistill.report.grids import save_grid
     from pdistill.sampling import ddim_step, sample
     from pdistill.schedule import CosineSchedule, EdmSchedule, FlowSchedule
+    from pdistill.steps import stages
     from pdistill.target import distillation_target
+    from pdistill.training.distillation import DistillationModule
+    from pdistill.training.fit import FitSettings, fit
+    from pdistill.training.module import Recipe
+    from pdistill.training.settings import Distillation, Training
+    from pdistill.training.teacher import TeacherModule
     from pdistill.weighting import constant, snr, snr_plus_one, truncated_snr
 
 __version__ = "0.2.0"
@@ -35,34 +46,62 @@ _HOMES = {
     "snr_plus_one": "weighting",
     "constant": "weighting",
     "Denoiser": "denoiser",
+    "unet": "network",
     "sample": "sampling",
     "ddim_step": "sampling",
     "distillation_target": "target",
     "load_diffusers_teacher": "interop.teachers",
     "load_official_checkpoint": "interop.flax",
+    "ImageSet": "dataset",
+    "digits": "dataset",
+    "stages": "steps",
+    "FID": "metrics.fid",
+    "train_classifier": "metrics.classifier",
+    "TeacherModule": "training.teacher",
+    "DistillationModule": "training.distillation",
+    "Recipe": "training.module",
+    "Training": "training.settings",
+    "Distillation": "training.settings",
+    "FitSettings": "training.fit",
+    "fit": "training.fit",
+    "save_grid": "report.grids",
 }
 
 __all__ = [
+    "FID",
     "CosineSchedule",
     "Denoiser",
+    "Distillation",
+    "DistillationModule",
     "Edm",
     "EdmSchedule",
     "Eps",
+    "FitSettings",
     "Flow",
     "FlowSchedule",
+    "ImageSet",
+    "Recipe",
+    "TeacherModule",
+    "Training",
     "V",
     "X",
     "XEps",
     "constant",
     "ddim_step",
+    "digits",
     "distillation_target",
+    "fit",
     "load_diffusers_teacher",
     "load_official_checkpoint",
     "register",
     "sample",
+    "save_grid",
     "snr",
     "snr_plus_one",
+    "stages",
+    "train_classifier",
     "truncated_snr",
+    "unet",
 ]
 
 

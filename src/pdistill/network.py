@@ -28,11 +28,11 @@ def unet(
     image_size: int,
     image_channels: int,
     out_channels: int,
-    ch: int,
-    emb_ch: int,
-    ch_mult: Sequence[int],
-    num_res_blocks: int,
-    attn_resolutions: Sequence[int],
+    ch: int = 32,
+    emb_ch: int = 128,
+    ch_mult: Sequence[int] = (1, 2),
+    num_res_blocks: int = 1,
+    attn_resolutions: Sequence[int] = (4,),
     head_dim: int | None = None,
     dropout: float = 0.0,
     num_classes: int | None = None,
@@ -40,7 +40,8 @@ def unet(
     """The UNet of Salimans & Ho with their own configuration words, freshly and partly zero-initialised.
 
     `head_dim=None` is one attention head. The network maps (B, image_channels, S, S), S = image_size, to
-    (B, out_channels, S, S). Raises UserError where the sizes do not fit together.
+    (B, out_channels, S, S). The defaults are the small network of the digits. Raises UserError where the sizes do not
+    fit together.
     """
     if image_size % 2 ** (len(ch_mult) - 1):
         raise UserError(

@@ -40,13 +40,15 @@ class Stage:
         return self.called or f"steps-{self.num_steps:04d}"
 
 
-def stages(plan: Sequence[int], updates: int, updates_last_two: int, max_teacher_steps: int = 2) -> list[Stage]:
+def stages(
+    plan: Sequence[int], updates: int = 300, updates_last_two: int | None = None, max_teacher_steps: int = 2
+) -> list[Stage]:
     """The stages of a plan such as [1024, 512, ..., 1] or [1024, 32, 8, 1].
 
     The first entry is the step count at which the teacher is sampled. The paper trains the last two stages
-    twice as long: they get `updates_last_two`. A stage is taught by the stage before, or by the earliest whose steps
-    come to at most `max_teacher_steps` for one of the student's. Raises UserError unless each entry divides the one
-    before.
+    twice as long: they get `updates_last_two`, by default twice the others'. A stage is taught by the stage before, or
+    by the earliest whose steps come to at most `max_teacher_steps` for one of the student's. Raises UserError unless
+    each entry divides the one before.
     """
     plan = list(plan)
     if len(plan) < 2 or not all(isinstance(n, int) and n >= 1 for n in plan):
@@ -58,8 +60,10 @@ def stages(plan: Sequence[int], updates: int, updates_last_two: int, max_teacher
                 f"divisor of the one before, e.g. steps.plan=[1024,32,8,1]"
             )
 
+    last_two = 2 * updates if updates_last_two is None else updates_last_two
+
     def stage(i: int) -> Stage:
         teacher = next(k for k in range(i) if k == i - 1 or plan[k] <= max_teacher_steps * plan[i])
-        return Stage(i, plan[i], teacher, plan[teacher] // plan[i], updates_last_two if i >= len(plan) - 2 else updates)
+        return Stage(i, plan[i], teacher, plan[teacher] // plan[i], last_two if i >= len(plan) - 2 else updates)
 
     return [stage(i) for i in range(1, len(plan))]

@@ -57,8 +57,8 @@ def load_diffusers_teacher(path: str | Path, revision: str | None = None, null_l
     It keeps its own noise schedule and the timesteps that it was trained with. `revision` is a branch, tag or commit of
     a model on the hub. `null_label` is the class that stands for none, where it was trained so: the last one. Learned
     variances are dropped. A Stable Diffusion folder becomes a denoiser of latents, at the times that it was trained at
-    alone, whose conditions its `codec` makes of prompts. Its lineage is ["diffusers:<hub id or folder name>"]. Raises
-    UserError for what is missing, damaged or not supported.
+    alone, whose conditions its `codec` makes of prompts. Its lineage begins with
+    "diffusers:" and the hub id or the folder's name. Raises UserError for what is missing, damaged or not supported.
     """
     try:
         return _loaded(str(path), revision, null_label)

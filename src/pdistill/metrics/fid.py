@@ -18,7 +18,7 @@ class FID:
     """The Frechet distance of samples to a whole dataset, with any extractor; `name` says whose."""
 
     def __init__(
-        self, extractor: nn.Module, data: ImageSet, num_samples: int, seed: int = 0, batch_size: int = 250
+        self, extractor: nn.Module, data: ImageSet, num_samples: int = 2000, seed: int = 0, batch_size: int = 250
     ) -> None:
         self.name = metric_name("fid", extractor)
         self.extractor = extractor

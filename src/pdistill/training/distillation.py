@@ -13,6 +13,7 @@ from pdistill.optimizer import annealing
 from pdistill.steps import Stage
 from pdistill.training import execution
 from pdistill.training.module import DenoisingModule, Recipe
+from pdistill.training.settings import Distillation
 from pdistill.weighting import with_loss
 
 
@@ -20,9 +21,10 @@ class DistillationModule(DenoisingModule):
     """A student of `stage.num_steps` that learns from the frozen `teacher` what `method` asks of it.
 
     The student starts as a copy of `start`, by default of the teacher, with the recipe's dropout; how the learning rate
-    falls over `stage.updates`, and the distance in the loss, are as the recipe's settings say. The teacher is in eval
-    mode, gets no gradients and is not in the checkpoint. The stage has its own copy of the method. Raises UserError for
-    a teacher that is a student of another sampler than the method's.
+    falls over `stage.updates`, and the distance in the loss, are as the recipe's settings say (without a recipe: their
+    defaults). The default method is halving; the stage has its own copy of it. The teacher is in eval mode, gets no
+    gradients and is not in the checkpoint. Raises UserError for a teacher that is a student of another sampler than the
+    method's.
     """
 
     left_out = ("teacher.",)
@@ -31,11 +33,11 @@ class DistillationModule(DenoisingModule):
         self,
         teacher: Denoiser,
         stage: Stage,
-        recipe: Recipe,
+        recipe: Recipe | None = None,
         method: Method | None = None,
         start: Denoiser | None = None,
     ) -> None:
-        method = method or Halving()
+        recipe, method = recipe or Recipe(Distillation()), method or Halving()
         check_sampler(method, teacher)
         student = copy.deepcopy(start or teacher)
         if isinstance(method, Begins):

@@ -5,7 +5,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from pdistill import processes
+from pdistill.dataset import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.faults import in_words
@@ -34,12 +35,13 @@ class FitSettings:
     directory: Path
     """Of the stage. It gets film/, last.ckpt and previous.ckpt while it trains, then cost.json, ema.json if there were
     several EMAs, and, last, denoiser/."""
-    prefix: str
-    """Of the stage's scalars, and the name of its bar: "teacher", "steps_0016"."""
-    updates: int
-    """Of the weights."""
-    num_steps: int
-    """Steps that the result is sampled with: of its diffusers pipeline, and of the metric while it trains."""
+    prefix: str = ""
+    """Of the stage's scalars, and the name of its bar: "teacher", "steps_0016"; by default that of the directory."""
+    updates: int = 0
+    """Of the weights; 0: as many as the module was made for."""
+    num_steps: int = 0
+    """Steps that the result is sampled with: of its diffusers pipeline, and of the metric while it trains; 0: the
+    student's own. A teacher has none: to measure it while it trains, give them."""
     trainer: Callable[..., Trainer] = Trainer
     """Makes a Trainer; with `functools.partial`, its devices, precision, `accumulate_grad_batches` and so on."""
     loggers: Sequence[Logger] = ()
@@ -62,13 +64,18 @@ class FitSettings:
     """Whether a bar counts the updates."""
 
 
-def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -> None:
-    """Trains one stage to `settings.directory`/denoiser, starting from where a stopped one left it.
+def fit(module: DenoisingModule, data: ImageDataModule | ImageSet, settings: FitSettings) -> Denoiser:
+    """Trains one stage to `settings.directory`/denoiser, starting from where a stopped one left it. Returns its result.
 
-    Every process calls it, and all leave it together. Raises UserError for a batch that the devices cannot share,
-    losses that are not finite and checkpoints that are damaged; Interrupted where a signal stopped it and the
-    checkpoint is written.
+    A dataset is taken in batches as the module's recipe says. Every process calls it, and all leave it together. Raises
+    UserError for a batch that the devices cannot share, losses that are not finite, checkpoints that are damaged, and
+    settings that do not say what the module does not; Interrupted where a signal stopped it and the checkpoint is
+    written.
     """
+    settings = filled(settings, module)
+    if isinstance(data, ImageSet):
+        recipe = module.recipe
+        data = ImageDataModule(data, recipe.settings.batch_size, recipe.seed, module.stage_index)
     check_choice(len(module.decays), settings.metric is not None)
     directory = settings.directory
     path = directory / checkpoint.LAST
@@ -104,6 +111,22 @@ def fit(module: DenoisingModule, data: ImageDataModule, settings: FitSettings) -
         result.save(directory / "denoiser", grid=settings.num_steps)
         checkpoint.WholeCheckpoints().remove_checkpoint(path)
     processes.barrier()
+    return result.eval()
+
+
+def filled(settings: FitSettings, module: DenoisingModule) -> FitSettings:
+    """The settings with what the module tells, where they leave it out. Raises UserError for what neither tells."""
+    full = replace(
+        settings,
+        prefix=settings.prefix or settings.directory.name.replace("-", "_"),
+        updates=settings.updates or module.updates,
+        num_steps=settings.num_steps or module.denoiser.num_steps or 0,
+    )
+    if not full.updates:
+        raise UserError(f"the training of {full.prefix} has no number of updates: give FitSettings(updates=...)")
+    if full.metric is not None and not full.num_steps:
+        raise UserError(f"{full.prefix} has no step count to be measured at: give FitSettings(num_steps=...)")
+    return full
 
 
 def _smaller(batch_size: int, trainer: Trainer) -> str:

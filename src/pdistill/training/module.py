@@ -19,7 +19,7 @@ from pdistill.randomness import Part, drawing, uniform
 from pdistill.sampling import Condition
 from pdistill.training import execution, nonfinite
 from pdistill.training.settings import Execution, Optimization
-from pdistill.weighting import weighted_loss
+from pdistill.weighting import truncated_snr, weighted_loss
 
 __all__ = ["DenoisingModule", "Recipe", "weighted_loss"]
 
@@ -30,7 +30,7 @@ class Recipe:
 
     settings: Optimization
     """Learning rate, decay, clipping, EMAs, dropout and a student's loss."""
-    weighting: Callable[[Tensor], Tensor]
+    weighting: Callable[[Tensor], Tensor] = truncated_snr
     """Of the squared error in x, or a student's loss, as a function of logsnr."""
     optimizer: Callable[..., torch.optim.Optimizer] = adamw
     """`optimizer(parameters, settings)`; its state goes into checkpoints."""
@@ -62,6 +62,7 @@ class DenoisingModule(LightningModule):
         self.recipe = recipe
         self.stage_index = stage
         self.lr_factor = lr_factor
+        self.updates = updates
         self.gradient_norm: Tensor | None = None
         self.bad: Tensor | None = None  # whether the update is left out; None: none ever is
         set_dropout(denoiser.network, recipe.settings.dropout)

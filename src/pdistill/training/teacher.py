@@ -9,6 +9,7 @@ from pdistill.optimizer import warm_up
 from pdistill.randomness import uniform
 from pdistill.sampling import noised
 from pdistill.training.module import DenoisingModule, Recipe, weighted_loss
+from pdistill.training.settings import Training
 
 SMALLEST_TIME = 2**-24  # the spacing of torch.rand in float32: its largest number is 1 - 2^-24
 
@@ -18,10 +19,11 @@ class TeacherModule(DenoisingModule):
 
     t = schedule.training_time(u) with u ~ U[0, 1]: uniform unless the schedule says otherwise. It stays off both
     ends, where a schedule's log-SNR may be infinite. The learning rate rises over `recipe.settings.warmup_updates`
-    and then stays.
+    and then stays. Without a recipe the settings' own defaults are taken.
     """
 
-    def __init__(self, denoiser: Denoiser, recipe: Recipe) -> None:
+    def __init__(self, denoiser: Denoiser, recipe: Recipe | None = None) -> None:
+        recipe = recipe or Recipe(Training())
         warmup, updates = (getattr(recipe.settings, key, 0) for key in ("warmup_updates", "updates"))
         super().__init__(denoiser, recipe, stage=0, lr_factor=warm_up(warmup), updates=updates)
 
