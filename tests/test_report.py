@@ -93,7 +93,7 @@ def test_a_run_of_the_first_version(old, capsys):
     assert "Losses" in text and "Cost" in text and "extractor_fingerprint" in text and "e1" in text
     assert "the fastest of three rounds" in text and "200 samples against the training set" in text
     assert "hydra.utils.get_method" in text and [p.name for p in Path("pages").iterdir()] == ["own.html"]
-    page.comparison_sheet(old, json.loads((old / "summary.json").read_text()))
+    plots.comparison_sheet(old, json.loads((old / "summary.json").read_text()))
     assert Image.open(old / "comparison.png").width > 500
 
 
