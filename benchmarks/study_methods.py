@@ -48,7 +48,8 @@ from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measure
 from pdistill.metrics.extractors import build, fingerprint_of, metric_name
 from pdistill.metrics.reference import reference
 from pdistill.processes import device_of
-from pdistill.report.tables import markdown, mean_and_spread, words
+from pdistill.report.rounding import mean_and_spread
+from pdistill.report.tables import markdown, words
 from pdistill.sampling import Draw, generate
 from pdistill.steps import Stage
 from pdistill.training.cost import PassCount

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pdistill.errors import printable
 from pdistill.report.rounding import mean_and_spread, number
@@ -17,8 +18,9 @@ MOST_LINES, MOST_POINTS = 60, 300  # in one chart, of one line
 NARROW = 44  # units between two ticks of the lower axis
 COLORS = 8  # that page.css.jinja has
 LONGEST = 90  # characters of a name
+SMALLEST, LARGEST = 1e-99, 1e99  # values
 
-Curves = Mapping[str, Mapping[float, Sequence[float]]]  # of each line: x -> one value, or several whose range is shown
+Curves = Mapping[str, Mapping[Any, Sequence[float]]]  # of each line: x -> one value, or several whose range is shown
 Tick = tuple[float, str]
 
 
@@ -108,8 +110,12 @@ def quality(curves: Curves, metric: str, cost: str) -> Chart | None:
     x, y = _axes(found, (cost, metric), log=True)
     ticks = [(x.at(value), _short(value)) for value in costs] if all(v == int(v) for v in costs) else x.ticks
     lines = [_line(k, name, points, x, y) for k, (name, points) in enumerate(found.items())]
-    rows = [[_short(float(number(c, 3))), *(mean_and_spread(points.get(c)) for points in found.values())] for c in costs]
-    label = f"{metric} against {cost}: {', '.join(line.name for line in lines[:8])}. The numbers are in the table below."
+    rows = [
+        [_short(float(number(c, 3))), *(mean_and_spread(points.get(c)) for points in found.values())] for c in costs
+    ]
+    label = (
+        f"{metric} against {cost}: {', '.join(line.name for line in lines[:8])}. The numbers are in the table below."
+    )
     return Chart(x, y, _apart(ticks), lines, label, ([cost, *(line.name for line in lines)], rows))
 
 
@@ -121,7 +127,9 @@ def losses(of_stages: Mapping[str, Sequence[tuple[int, float]]]) -> Chart | None
         return None
     x, y = _axes(found, ("update", "loss"), log=False)
     lines = [_line(k, name, points, x, y) for k, (name, points) in enumerate(found.items())]
-    ends = ", ".join(f"{name} ends at {mean_and_spread(points[max(points)])}" for name, points in list(found.items())[:8])
+    ends = ", ".join(
+        f"{name} ends at {mean_and_spread(points[max(points)])}" for name, points in list(found.items())[:8]
+    )
     return Chart(x, y, x.ticks, lines, f"loss against updates: {printable(ends)}", None)
 
 
@@ -138,7 +146,8 @@ def _drawable(curves: Curves, anywhere: bool = False) -> dict[str, dict[float, l
 def _positive(values: Sequence[float | None]) -> list[float]:
     """The values of a point; where some of them are not positive, the one in their middle, if that is."""
     known = [v for v in values if v is not None and math.isfinite(v)]
-    return known if all(v > 0 for v in known) else [v for v in [statistics.median(known)] if v > 0]
+    middle = known if all(v > 0 for v in known) else [statistics.median(known)]
+    return [v for v in middle if SMALLEST <= v <= LARGEST]
 
 
 def _thinned(points: dict[float, list[float]]) -> dict[float, list[float]]:
@@ -159,6 +168,8 @@ def _axes(found: Curves, titles: tuple[str, str], log: bool) -> tuple[Axis, Axis
 def _line(place: int, name: str, points: Mapping[float, Sequence[float]], x: Axis, y: Axis) -> Line:
     means = {cost: statistics.mean(values) for cost, values in points.items()}
     path = "M" + "L".join(f"{x.at(cost)} {y.at(value)}" for cost, value in means.items())
+    if len(means) == 1:  # a level to compare with
+        path = f"M{LEFT} {y.at(*means.values())}H{RIGHT}"
     edges = [(x.at(cost), y.at(min(values)), y.at(max(values))) for cost, values in points.items()]
     several = any(low != high for _, low, high in edges) and len(edges) > 1
     around = [f"{a} {low}" for a, low, _ in edges] + [f"{a} {high}" for a, _, high in reversed(edges)]

@@ -45,34 +45,41 @@ def _unmeasured(teacher: dict) -> str:
 
 
 def _savings(teacher: dict, student: dict) -> str:
-    fewer = evaluations_of(teacher) / evaluations_of(student)
-    said = f"{number(fewer, 2)} times fewer network evaluations" if fewer > 1 else "as many network evaluations"
+    said = _fewer(teacher, student)
     factor = speed_up(teacher, student)
     return f"{said}, {factor} times as fast" if factor else said
 
 
-def of_runs(runs: Mapping[str, Rows], seeds_alone: bool) -> str:
+def _fewer(teacher: dict, student: dict) -> str:
+    ratio = evaluations_of(teacher) / evaluations_of(student)
+    if ratio <= 1:
+        return "as many network evaluations"
+    return f"{ratio:.{0 if ratio == int(ratio) else 1}f} times fewer network evaluations"
+
+
+def of_runs(runs: Mapping[str, Rows], seeds_alone: bool, alike: bool = True) -> str:
     """Of runs that were measured alike: over seeds mean and deviation, else the best and the worst of them."""
-    found = _common(runs)
+    found = _common(runs) if alike else None
     if found is None:
-        return f"{len(runs)} runs."
+        why = "have no metric in common" if alike else "were measured in different ways"
+        return f"{len(runs)} runs, which {why}: they are no comparison."
     key, rows = found
     values = {name: float(row[key]) for name, row in rows.items()}
     one = next(iter(rows.values()))
-    student = f"student of {steps_of(one)}" if is_student(one["stage"]) else f"teacher of {steps_of(one)}"
+    what = "student" if is_student(one["stage"]) else "teacher"
     if seeds_alone:
-        said = f"Over {len(runs)} seeds, the {student} has {_a(key)} of {mean_and_spread(list(values.values()))}"
+        score = mean_and_spread(list(values.values()))
+        said = f"Over {len(runs)} seeds, the {what} of {steps_of(one)} has {_a(key)} of {score}"
         teachers = [of_run[0] for of_run in runs.values()]
         theirs = [value for row in teachers if (value := finite(row.get(key))) is not None]
         if not is_student(one["stage"]) or len(theirs) < len(runs):
             return f"{said}."
-        fewer = number(evaluations_of(teachers[0]) / evaluations_of(one), 2)
         beside = f"where its teacher of {steps_of(teachers[0])} has {mean_and_spread(theirs)}"
-        return f"{said} {beside}: {fewer} times fewer network evaluations."
+        return f"{said} {beside}: {_fewer(teachers[0], one)}."
     best, worst = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    middle = f", the median is {number(statistics.median(values.values()))}" if len(values) > 2 else ""
+    middle = f"the median is {number(statistics.median(values.values()))} and " if len(values) > 2 else ""
     lowest = f"that of {best} has the lowest {key}, {number(values[best])}"
-    return f"Of the {student}s of {len(runs)} runs, {lowest}{middle}, and the highest is {number(values[worst])}."
+    return f"Of {len(runs)} {what}s of {steps_of(one)}, {lowest}; {middle}the highest is {number(values[worst])}."
 
 
 def _common(runs: Mapping[str, Rows]) -> tuple[str, dict[str, dict]] | None:

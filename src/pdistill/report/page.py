@@ -51,16 +51,26 @@ def write(directories: list[Path], file: Path, choices: Choices | None = None) -
 
     Raises UserError for a directory that is no run, or has no finished stage, and for damaged files.
     """
-    for directory in directories:
+    told = dict(zip(directories, choices or [{}] * len(directories), strict=True))  # each run once
+    for directory in told:
         check(directory)
+    runs = [_of_run(directory, name) for directory, name in zip(told, _names(list(told)), strict=True)]
+    first = _of_several(list(told), runs, list(told.values())) if len(runs) > 1 else _of_one(directories[0], runs[0])
+    render(file, runs=runs, **first)
+
+
+def _names(directories: list[Path]) -> list[str]:
+    """What runs are called, each otherwise: by their directories' names, by their paths where these are equal."""
     names = Counter(directory.name for directory in directories)
-    runs = [_of_run(d, printable(d.name if names[d.name] == 1 else d)) for d in directories]
-    first = _of_several(directories, runs, choices) if len(runs) > 1 else _of_one(directories[0], runs[0])
-    render(file, **first, runs=runs)
+    found: list[str] = []
+    for directory in directories:
+        name = printable(directory.name if names[directory.name] == 1 else directory)
+        found.append(f"{name} ({len(found) + 1})" if name in found else name)
+    return found
 
 
 def render(file: Path, **content: object) -> None:
-    """A page of whatever the template takes: name, sentence, chart, tables, ..."""
+    """A page of what is given of name, sentence, facts, strips, chart, their titles, tables, and runs."""
     environment = Environment(loader=PackageLoader("pdistill.report", "."), autoescape=select_autoescape(default=True))
     html = environment.get_template("page.html.jinja").render(version=__version__, **content)
     write_text(file, CONTROL.sub("\N{REPLACEMENT CHARACTER}", html))
@@ -72,7 +82,7 @@ def _of_one(directory: Path, run: dict) -> dict[str, object]:
     metric = run["metric"]
     shown = [(row, directory / row["stage"] / "samples.png") for row in some(rows)]
     strips = [(tables.title(row), number(row.get(metric)), strip(grid)) for row, grid in shown if grid.exists()]
-    curves = _students_and_teacher(rows, tables.evaluations_of) | _named(curves_of(directory))
+    curves = {**_students_and_teacher(rows, tables.evaluations_of), **_named(curves_of(directory))}
     return {
         "name": run["name"],
         "sentence": run["sentence"],
@@ -84,42 +94,44 @@ def _of_one(directory: Path, run: dict) -> dict[str, object]:
     }
 
 
-def _of_several(directories: list[Path], runs: list[dict], choices: Choices | None) -> dict[str, object]:
+def _of_several(directories: list[Path], runs: list[dict], choices: Choices) -> dict[str, object]:
     """The first screen of several runs: students in one chart, and a table that can be filtered."""
     rows = {str(run["name"]): rows_of(d) for run, d in zip(runs, directories, strict=True)}
-    told = list(choices) if choices else [{} for _ in runs]
     key, apart = _common_metric(rows)
-    seeds = headline.only_seeds_differ(told)
+    seeds = headline.only_seeds_differ(choices)
     curves = {name: _curve(filter(_is_student, of_run), key, tables.evaluations_of) for name, of_run in rows.items()}
     last = [(name, headline.last_student(of_run) or of_run[0]) for name, of_run in rows.items()]
     grids = [(name, row, d / row["stage"] / "samples.png") for (name, row), d in zip(last, directories, strict=True)]
     strips = [(name, number(row.get(key)), embedded(strip(grid))) for name, row, grid in some(grids) if grid.exists()]
     return {
         "name": f"{len(runs)} runs",
-        "sentence": f"{len(runs)} runs." if apart else headline.of_runs(rows, seeds),
+        "sentence": headline.of_runs(rows, seeds, alike=apart is None),
         "strips": strips,
         "strips_title": "The last student of each run" + (f", and its {key}" if key else ""),
         "chart": charts.quality(curves, key, EVALUATIONS) if key else None,
         "chart_title": "Students of these runs",
         "apart": apart,
-        "tables": [("All runs", *_overview(rows, told), list(rows))],
+        "tables": [_overview(rows, choices)],
     }
 
 
-def _overview(rows: Mapping[str, list[dict]], choices: Choices) -> tables.Words:
+def _overview(rows: Mapping[str, list[dict]], choices: Choices) -> Table:
     """A line for each run: what tells it apart, and the metric of each of its stages."""
     keys = list(dict.fromkeys(k for chosen in choices for k in chosen))
     keys = [k for k in keys if len({chosen.get(k, "") for chosen in choices}) > 1]
+    metrics = list(dict.fromkeys(key for of_run in rows.values() for key in metric_keys(of_run)))
     columns: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, of_run in rows.items():
-        for row in of_run:
-            for key in metric_keys(of_run):
-                columns[f"{key}, {tables.title(row)}"][name] = number(row.get(key))
+    for key in metrics:
+        for name, of_run in rows.items():
+            for row in of_run:
+                heading = tables.title(row) if len(metrics) == 1 else f"{key}, {tables.title(row)}"
+                columns[heading][name] = number(row.get(key))
     lines = [
         [name, *(printable(chosen.get(k, "")) for k in keys), *(column.get(name, "") for column in columns.values())]
         for name, chosen in zip(rows, choices, strict=True)
     ]
-    return tables.filled(["run", *keys, *columns], lines)
+    title = f"All runs, and their {metrics[0]}" if len(metrics) == 1 else "All runs"
+    return Table(title, *tables.filled(["run", *keys, *columns], lines), list(rows))
 
 
 def _of_run(directory: Path, name: str) -> dict[str, object]:

@@ -10,7 +10,7 @@ from PIL import Image
 from pdistill.errors import UserError, first_line
 from pdistill.reading import regular
 
-COLUMNS = 10  # samples in a strip
+COLUMNS = 8  # samples in a strip
 PER_LINE = 8  # of the 64 pictures of samples.png, with a border of two pixels
 BORDER = 2
 MOST_PICTURE = 64 * 1024**2  # bytes of one on the page

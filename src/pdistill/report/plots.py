@@ -1,4 +1,4 @@
-"""Curves and the comparison sheet as matplotlib figures. Values that are not finite, or not positive on a log axis, are left out."""
+"""Curves and the comparison sheet, by matplotlib. Values not finite, or not positive on a log axis, are left out."""
 
 import math
 import statistics

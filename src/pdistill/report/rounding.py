@@ -38,8 +38,10 @@ def supported(value: object, spread: object, digits: int = SIGNIFICANT) -> str:
 def with_spread(value: object, spread: object) -> str:
     """ "2.11 ± 0.03": the spread with two digits, the value to the same place; the value alone without a spread."""
     found, known = finite(value), finite(spread)
-    if found is None or not known:
+    if found is None or known is None or known < 0:
         return number(value)
+    if known == 0:
+        return f"{number(found)} ± 0"
     decimals = max(0, 1 - _power(known, 2))
     if decimals > MOST_DECIMALS or max(abs(found), known) >= 10.0 ** max(PLAIN):
         return f"{number(found)} ± {number(known, 2)}"

@@ -97,7 +97,7 @@ def speed_up(teacher: dict, row: dict) -> str:
     ours, theirs = (finite(r.get("seconds_per_image")) for r in (row, teacher))
     if not ours or not theirs:
         return ""
-    spread = max(finite(r.get(SPREAD)) or 0.0 for r in (row, teacher))
+    spread = max(finite(r.get(SPREAD)) or 0.0 for r in (row, teacher)) if row is not teacher else 0.0
     return supported(theirs / ours, spread * theirs / ours, 2)
 
 
