@@ -182,7 +182,7 @@ def test_points_lie_where_their_values_are():
     )
     (line,) = chart.lines
     (left, low, first, _), (right, high, second, _) = line.points
-    assert left < right and low < high and (first, second) == ("<b>, 1 n: 4.00", "<b>, 4 n: 2.0 ± 1.0")
+    assert left < right and low < high and (first, second) == ("a, 1 n: 4.00", "a, 4 n: 2.0 ± 1.0")
     assert [text for _, text in chart.x_ticks] == ["1", "4"] and line.band
     assert all(charts.TOP < y < charts.BOTTOM for _, y, _, _ in line.points)
     assert charts.quality({"none": {1: [nan], 2: [0.0, 1e300]}}, "fid", "n") is None and charts.losses({}) is None
