@@ -3,8 +3,9 @@
     python benchmarks/expected_results.py
 
 writes docs/expected_results.md from docs/expected_results.json, where whoever runs an experiment puts its results:
-`command`, `metric`, and, once it was run, `date` and `machine`; of each row `what`, `ours` with its `spread` (a standard
-deviation) and `paper`, as it is printed there. A test fails where the page is another than the file gives, and where an experiment is missing.
+`command`, `metric`, and, once it was run, `date` and `machine`; of each row `what`, `ours` with its `spread` (a
+standard deviation), and `paper` as it is printed there. A test fails where the page is another than the file gives, and
+where an experiment is missing.
 """
 
 import sys
@@ -39,8 +40,8 @@ def section(name: str, told: dict[str, Any]) -> str:
     rows = told["rows"]
     if any("ours" in row for row in rows) and not (told.get("date") and told.get("machine")):
         raise UserError(f"{SOURCE.name}: {name} has results without their date and machine: add both")
-    measured = f"{told['date']}, {told['machine']}" if told.get("date") else NOT_RUN
-    facts = [f"Measured: {measured}.", f"Ours: {told['metric']}."]
+    measured = f"Measured: {told['date']}, {told['machine']}." if told.get("date") else "Not run."
+    facts = [measured, f"Ours: {told['metric']}."]
     facts += [f"The paper's: {told['paper_metric']}."] if told.get("paper_metric") else []
     facts += [told["note"]] if told.get("note") else []
     lines = [[row["what"], _ours(row), row.get("paper", "")] for row in rows]

@@ -43,9 +43,5 @@ def test_results_say_where_they_are_from(name):
 @pytest.mark.parametrize("name", ["ablation", "ablation_digits"])
 def test_the_papers_table_is_that_of_sweeps(name):
     paper = {row["what"]: row["paper"] for row in EXPERIMENTS[name]["rows"]}
-    kinds = ("DDIM", "stochastic")
-    assert paper == {
-        f"{p}, {w}, {kind}": value
-        for (p, w), both in PAPER_CIFAR10.items()
-        for kind, value in zip(kinds, both, strict=True)
-    }
+    known = {f"{p}, {w}, DDIM": ddim for (p, w), (ddim, _) in PAPER_CIFAR10.items()}
+    assert paper == known | {f"{p}, {w}, stochastic": other for (p, w), (_, other) in PAPER_CIFAR10.items()}
