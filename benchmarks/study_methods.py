@@ -320,7 +320,9 @@ class Results:
         means = {name: statistics.mean(values) for name, values in ratios.items() if values}
         best = min(means, key=means.__getitem__)
         students, score = f"students of {fewest} step{'s' * (fewest > 1)}", mean_and_spread(ratios[best])
-        return f"Of {len(means)} ways to make {students}, {best} has the lowest {self.fid}: {score} times its teacher's."
+        return (
+            f"Of {len(means)} ways to make {students}, {best} has the lowest {self.fid}: {score} times its teacher's."
+        )
 
     def tables(self) -> list[page.Table]:
         """Over seeds, student / teacher at each step count; and every student by itself."""

@@ -32,6 +32,7 @@ from pdistill.steps import is_student
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # characters that no page needs, and a terminal would obey
 EVALUATIONS, SECONDS = "network evaluations per image", "seconds per image"
+PRINTED_FILMS, PRINTED_FRAMES = 6, 9
 SAME_NOISE = "The same noise at every step count"
 Choices = Sequence[Mapping[str, str]]
 
@@ -143,7 +144,7 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
     losses = losses_of(directory)
     by_seconds = _students_and_teacher(rows, lambda row: finite(row.get("seconds_per_image")))
     grids = [(tables.title(row), directory / row["stage"] / "samples.png") for row in rows]
-    films = [(tables.title(row), film_of(directory, row)) for row in rows]
+    films = [(tables.title(row), frames) for row in rows if len(frames := film_of(directory, row)) > 1]
     neighbours = directory / "neighbours.png"
     return {
         "name": name,
@@ -157,7 +158,7 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
         "evaluation": tables.cells(evaluated) if evaluated else None,
         "evaluated": charts.quality(curves, of_evaluation, EVALUATIONS) if of_evaluation else None,
         "grids": [(title, embedded(grid)) for title, grid in grids if grid.exists()],
-        "films": [(title, [_shown(frame) for frame in frames]) for title, frames in films if len(frames) > 1],
+        "films": [(title, _shown(frames), (title, frames) in some(films, PRINTED_FILMS)) for title, frames in films],
         "neighbours": embedded(neighbours) if neighbours.exists() else None,
         "provenance": tables.provenance(rows),
         "made": {k: str(v) for k, v in run_json(directory).items() if v is not None and not isinstance(v, dict | list)},
@@ -165,9 +166,13 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
     }
 
 
-def _shown(frame: Frame) -> tuple[str, str, list[str]]:
-    """Update, picture and values of a frame, for the template."""
-    return f"{frame.update:,}", embedded(frame.picture), [number(value) for value in frame.metrics.values()]
+def _shown(frames: list[Frame]) -> list[tuple[str, str, list[str], bool]]:
+    """Update, picture and values of each frame, and whether it has room on paper."""
+    printed = some(frames, PRINTED_FRAMES)
+    return [
+        (f"{frame.update:,}", embedded(frame.picture), list(map(number, frame.metrics.values())), frame in printed)
+        for frame in frames
+    ]
 
 
 def _facts(directory: Path, rows: list[dict]) -> list[str]:
