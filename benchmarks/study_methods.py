@@ -313,6 +313,8 @@ class Results:
 
     def sentence(self) -> str:
         """Which row is the best at the fewest steps."""
+        if not self.found["rows"]:
+            return "Nothing is measured yet."
         fewest = min(row["num_steps"] for row in self.found["rows"])
         ratios: dict[str, list[float]] = {}
         for row in self.found["rows"]:
@@ -320,9 +322,8 @@ class Results:
         means = {name: statistics.mean(values) for name, values in ratios.items() if values}
         best = min(means, key=means.__getitem__)
         students, score = f"students of {fewest} step{'s' * (fewest > 1)}", mean_and_spread(ratios[best])
-        return (
-            f"Of {len(means)} ways to make {students}, {best} has the lowest {self.fid}: {score} times its teacher's."
-        )
+        ways = f"{len(means)} way{'s' * (len(means) > 1)} to make {students}"
+        return f"Of {ways}, {best} has the lowest {self.fid}: {score} times its teacher's."
 
     def tables(self) -> list[page.Table]:
         """Over seeds, student / teacher at each step count; and every student by itself."""
