@@ -177,9 +177,9 @@ def test_columns_that_are_empty_are_left_out():
 
 def test_points_lie_where_their_values_are():
     nan = float("nan")
-    chart = charts.quality(
-        {"<b>": {1: [4.0], 4: [1.0, 2.0, 3.0], 16: [nan]}, "none": {1: [nan], 2: [-1.0]}}, "fid", "n"
-    )
+    curves = {"a": {1: [4.0], 4: [1.0, 2.0, 3.0], 16: [nan]}, "none": {1: [nan], 2: [-1.0]}}
+    chart = charts.quality(curves, "fid", "n")
+    assert chart
     (line,) = chart.lines
     (left, low, first, _), (right, high, second, _) = line.points
     assert left < right and low < high and (first, second) == ("a, 1 n: 4.00", "a, 4 n: 2.0 ± 1.0")
