@@ -49,8 +49,8 @@ from pdistill.metrics.extractors import build, fingerprint_of, metric_name
 from pdistill.metrics.reference import reference
 from pdistill.processes import device_of
 from pdistill.report import charts, page
-from pdistill.report.rounding import mean_and_spread
-from pdistill.report.tables import markdown, words
+from pdistill.report.rounding import mean_and_spread, number
+from pdistill.report.tables import filled, markdown, words
 from pdistill.sampling import Draw, generate
 from pdistill.steps import Stage
 from pdistill.training.cost import PassCount
@@ -343,10 +343,10 @@ class Results:
         many = str(self.measurement.teacher_steps)
         each += [("teacher", seed, many, row) for seed, row in self.found["teachers"].items()]
         each.append(("two halves of the real images", "", "", self.found["halves"]))
-        students = [[*place, *(words(row.get(key)) for key in keys)] for *place, row in each]
+        students = [[*place, *(number(row.get(key)) for key in keys)] for *place, row in each]
         return [
             page.Table("Over seeds", headings, lines, names),
-            page.Table("Every student", ["images of", "seed", "steps", *keys], students),
+            page.Table("Every student", *filled(["images of", "seed", "steps", *keys], students)),
         ]
 
 
