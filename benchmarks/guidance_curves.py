@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from pdistill.errors import UserError
 from pdistill.files import read_json
 from pdistill.report.plots import save
-from pdistill.report.tables import markdown, mean_and_spread
+from pdistill.report.rounding import mean_and_spread
+from pdistill.report.tables import markdown
 
 STAGES = {"teacher": "teacher", "guided": "student of the stage guided"}  # by the directory; others were distilled
 Values = dict[float, list[float]]  # guidance -> one value for each seed

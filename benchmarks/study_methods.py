@@ -12,8 +12,8 @@ update with gradients three).
 Every student of 8, 4, 2 and 1 steps is measured by the features of a classifier of another seed and width than that of
 `metrics=classifier`, beside its teacher's DDIM of many steps from the same noise. Runs come one at a time and in
 processes of their own. Whatever is finished is not done again, so that the same command goes on after a stop; results
-stand in <output>/results.json and results.md after every run. results.json is enough to go on from: on another machine,
-with the same teacher, what is in it is not run again.
+stand in <output>/results.json, results.md and results.html after every run. results.json is enough to go on from: on
+another machine, with the same teacher, what is in it is not run again.
 """
 
 import argparse
@@ -48,7 +48,9 @@ from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measure
 from pdistill.metrics.extractors import build, fingerprint_of, metric_name
 from pdistill.metrics.reference import reference
 from pdistill.processes import device_of
-from pdistill.report.tables import markdown, mean_and_spread, words
+from pdistill.report import charts, page
+from pdistill.report.rounding import mean_and_spread, number
+from pdistill.report.tables import filled, markdown, words
 from pdistill.sampling import Draw, generate
 from pdistill.steps import Stage
 from pdistill.training.cost import PassCount
@@ -296,30 +298,56 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """results.json and results.md."""
+        """results.json, results.md, and results.html, whose tables can be filtered."""
         write_json(self.output / "results.json", self.found)
-        write_text(self.output / "results.md", "\n\n".join(self.tables()) + "\n")
+        tables = self.tables()
+        write_text(
+            self.output / "results.md", "\n\n".join(["\n".join(markdown(t.headings, t.lines)) for t in tables]) + "\n"
+        )
+        curves: dict[str, dict[int, list[float]]] = {}
+        for row in self.found["rows"]:
+            curves.setdefault(row["name"], {}).setdefault(row["num_steps"], []).append(row["ratio"])
+        chart = charts.quality(curves, "student / teacher", page.EVALUATIONS)
+        told = {"chart": chart, "chart_title": "Students over their teacher; lower is better", "tables": tables}
+        page.render(self.output / "results.html", name=self.output.name, sentence=self.sentence(), runs=[], **told)
 
-    def tables(self) -> list[str]:
+    def sentence(self) -> str:
+        """Which row is the best at the fewest steps."""
+        if not self.found["rows"]:
+            return "Nothing is measured yet."
+        fewest = min(row["num_steps"] for row in self.found["rows"])
+        ratios: dict[str, list[float]] = {}
+        for row in self.found["rows"]:
+            ratios.setdefault(row["name"], []).extend([row["ratio"]] if row["num_steps"] == fewest else [])
+        means = {name: statistics.mean(values) for name, values in ratios.items() if values}
+        best = min(means, key=means.__getitem__)
+        students, score = f"students of {fewest} step{'s' * (fewest > 1)}", mean_and_spread(ratios[best])
+        ways = f"{len(means)} way{'s' * (len(means) > 1)} to make {students}"
+        return f"Of {ways}, {best} has the lowest {self.fid}: {score} times its teacher's."
+
+    def tables(self) -> list[page.Table]:
         """Over seeds, student / teacher at each step count; and every student by itself."""
         rows: list[dict[str, Any]] = self.found["rows"]
         counts = sorted({row["num_steps"] for row in rows}, reverse=True)
-        lines = []
-        for name in dict.fromkeys(row["name"] for row in rows):
+        names, lines = list(dict.fromkeys(row["name"] for row in rows)), []
+        for name in names:
             of_name = [row for row in rows if row["name"] == name]
             runs = list({row["seed"]: row for row in of_name}.values())
             ratios = [mean_and_spread([row["ratio"] for row in of_name if row["num_steps"] == n]) for n in counts]
             lines.append([name, ", ".join(str(row["seed"]) for row in runs), *ratios, *_mean_cost(runs)])
         steps = [f"{n} step{'s' * (n > 1)}" for n in counts]
-        first = markdown(["student / teacher", "seeds", *steps, "network passes", "seconds"], lines)
+        headings = ["student / teacher", "seeds", *steps, "network passes", "seconds"]
         kid = metric_name("kid", self.measurement.extractor)
         keys = [self.fid, "ratio", kid, "precision", "recall", "rms"]
         each = [(row["name"], str(row["seed"]), str(row["num_steps"]), row) for row in rows]
         many = str(self.measurement.teacher_steps)
         each += [("teacher", seed, many, row) for seed, row in self.found["teachers"].items()]
         each.append(("two halves of the real images", "", "", self.found["halves"]))
-        second = [[*place, *(words(row.get(key)) for key in keys)] for *place, row in each]
-        return ["\n".join(first), "\n".join(markdown(["images of", "seed", "steps", *keys], second))]
+        students = [[*place, *(number(row.get(key)) for key in keys)] for *place, row in each]
+        return [
+            page.Table("Over seeds", headings, lines, names),
+            page.Table("Every student", *filled(["images of", "seed", "steps", *keys], students)),
+        ]
 
 
 def _mean_cost(runs: list[dict[str, Any]]) -> list[str]:
@@ -348,7 +376,9 @@ def run(study: Study, seeds: Sequence[int], counts: Sequence[int], measurement: 
                 failed.append(f"{name}-seed-{seed}")
             else:
                 results.add(name, seed, directory, counts)
-    print(f"\n{results.tables()[0]}\n\nall: {study.output / 'results.md'} and .json")
+    first = results.tables()[0]
+    table = "\n".join(markdown(first.headings, first.lines))
+    print(f"\n{table}\n\nall: {study.output / 'results.md'}, .html and .json")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, with the lines of error above; the others are finished")
 

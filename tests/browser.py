@@ -4,14 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
-FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+FLAGS += ("--disable-component-update", "--disable-sync")
 
 
 def chromium() -> str:
@@ -23,20 +22,11 @@ def chromium() -> str:
 
 
 @contextmanager
-def opened(profile: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Any]:
-    """A page of Playwright's in a fresh Chromium, whose profile lies in the empty directory `profile`."""
-    executable = chromium()
-    from playwright.sync_api import sync_playwright
-
+def started() -> Iterator[Browser]:
+    """Chromium without a window, with a fresh profile."""
     with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(profile),
-            executable_path=executable,
-            args=list(FLAGS),
-            viewport={"width": width, "height": height},
-            color_scheme="dark" if dark else "light",
-        )
+        browser = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         try:
-            yield context.pages[0] if context.pages else context.new_page()
+            yield browser
         finally:
-            context.close()
+            browser.close()

@@ -295,14 +295,14 @@ def read_tables(folder: Path) -> None:
 
 
 def read_page(folder: Path) -> None:
-    from pdistill.report import page
+    from pdistill.report import page, plots
     from pdistill.report.runs import rows_of
 
     run = folder / "run"
     page.write([run], folder / "report.html")
     text = (folder / "report.html").read_text()
     assert "<script>alert" not in text and text.count("<script") == 1
-    page.comparison_sheet(run, rows_of(run))
+    plots.comparison_sheet(run, rows_of(run))
 
 
 def read_sweep(folder: Path) -> None:

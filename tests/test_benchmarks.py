@@ -112,3 +112,17 @@ def test_scaling_measures_one_two_apart_and_two_together(tmp_path):
     assert list(seconds) == ["alone", "side by side", "together"]
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     assert "what the hardware can do" in ended.stdout
+
+
+@pytest.mark.slow
+def test_the_picture_of_a_report(smoke, tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    screenshots = benchmark("screenshots")
+    monkeypatch.setattr(screenshots, "DOCS", tmp_path)
+    screenshots.main(["report", str(smoke)])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'report.webp'}\n"
+    assert Image.open(tmp_path / "report.webp").size == (1280 + 16 + 390, 800)
+    monkeypatch.setattr(screenshots, "BROWSERS", ("no-such-browser",))
+    with pytest.raises(SystemExit, match=r"error: this needs a browser: install the package chromium$"):
+        screenshots.main(["report", str(smoke)])

@@ -101,8 +101,8 @@ def test_a_strip_shows_updates_and_values(tmp_path, measured):
     if measured:
         (run / "steps-0002" / "film" / "0000010.json").write_text(json.dumps({"fid_classifier": 9.125}))
     page.write([run], tmp_path / "page.html")
-    captions = re.findall("<figcaption>(.*?)</figcaption>", (tmp_path / "page.html").read_text())
-    assert captions == ["0", "10<br><b>9.125</b>" if measured else "10", "15<br><b>7.25</b>"]
+    captions = re.findall('updates"[^>]*><figcaption>(.*?)</figcaption>', (tmp_path / "page.html").read_text())
+    assert captions == ["0", "10<br><b>9.12</b>" if measured else "10", "15<br><b>7.25</b>"]
     (run / "steps-0002" / "film" / "0000010.json").write_text("[1")
     with pytest.raises(UserError, match=r"0000010\.json is damaged"):
         page.write([run], tmp_path / "page.html")

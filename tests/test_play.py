@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import started
 from finished_runs import make_run
 from forked import Command, free_port
 from PIL import Image
@@ -28,11 +29,7 @@ from pdistill.play.lineup import Lineup, Player, lineup_of
 from pdistill.play.turns import Turns
 from pdistill.sampling import Draw, generate
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", *QUIET]
 CPU = torch.device("cpu")
-needs_browser = pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="needs Chromium")
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +248,7 @@ def test_an_unfinished_run_says_so(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def browser_page(width: int = 1280):
     """A page of Chromium, and what it complained of: errors on its console, and requests to other hosts."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with started() as browser:
         page = browser.new_page(viewport={"width": width, "height": 900}, accept_downloads=True)
         page.set_default_timeout(45_000)
         complaints: list[str] = []
@@ -263,7 +257,6 @@ def browser_page(width: int = 1280):
         ours = ("http://127.0.0.1:", "data:", "blob:")
         page.on("request", lambda sent: None if sent.url.startswith(ours) else complaints.append(sent.url))
         yield page, complaints
-        browser.close()
 
 
 def finished(page, seed: int | str) -> None:
@@ -280,7 +273,6 @@ def surprised(page) -> int:
     return int(page.get_by_label("Seed", exact=True).input_value())
 
 
-@needs_browser
 def test_the_page_draws_and_surprises(smoke):
     settings = Namespace(host="127.0.0.1", port=free_port(), device="cpu", open=False)
     page_of_run = play.launched(settings, smoke, ["A note."])
@@ -304,7 +296,6 @@ def test_the_page_draws_and_surprises(smoke):
 
 
 @pytest.mark.slow
-@needs_browser
 def test_everything_on_the_page(smoke, workplace):
     """The command itself, until Ctrl-C; every control of the page."""
     port = free_port()

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import chromium, opened
+from browser import chromium, started
 
 ROOT = Path(__file__).parent.parent
 FOREIGN = re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^)"']+""")  # in a style sheet
@@ -126,9 +126,10 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_the_site_in_a_browser(served, tmp_path):
+def test_the_site_in_a_browser(served):
     """Nothing fails, nothing is asked of another host, a phone scrolls no page sideways, and the search finds."""
-    with opened(tmp_path / "profile", width=390) as page:
+    with started() as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 900})
         faults, asked = [], []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))

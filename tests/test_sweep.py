@@ -33,8 +33,8 @@ def test_the_papers_table_has_its_values_beside_ours(capsys):
     table = capsys.readouterr().out.strip().splitlines()
     columns = "seed | fid_classifier teacher | fid_classifier teacher, ancestral | paper, DDIM | paper, stochastic"
     assert table[0] == f"| parameterization | weighting | {columns} |"
-    assert table[2] == "| v | snr | 0, 1 | 3.250 ± 0.354 | 3.000 ± 0.354 | 3.05 | 2.65 |"
-    assert table[3] == "| x | snr | 0 | **2.000** |  | 2.75 | 2.65 |"
+    assert table[2] == "| v | snr | 0, 1 | 3.25 ± 0.35 | 3.00 ± 0.35 | 3.05 | 2.65 |"
+    assert table[3] == "| x | snr | 0 | **2.00** |  | 2.75 | 2.65 |"
 
 
 def test_any_runs_are_collected_and_seeds_give_curves(capsys, outputs):
@@ -44,8 +44,8 @@ def test_any_runs_are_collected_and_seeds_give_curves(capsys, outputs):
     Path("outputs/c/teacher/curve.json").unlink()  # measured in two of three runs
     sweep.main(["outputs/a", "outputs/b/", "outputs/c"])
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("| x_eps | truncated_snr | 0, 1, 2 | 3.000 ± 1.000 |") for line in lines)
-    assert "| 1 | 8.000 ± 4.000 | 50.000 ± 0.000 | 2.500 ± 0.707 |" in lines
+    assert any(line.startswith("| x_eps | truncated_snr | 0, 1, 2 | 3.0 ± 1.0 |") for line in lines)
+    assert "| 1 | 8.0 ± 4.0 | 50.0 ± 0 | 2.50 ± 0.71 |" in lines
     assert len(list(outputs.glob("sweep-*/curve.png"))) == 1
     (page,) = (path.read_text() for path in outputs.glob("sweep-*/report.html"))
     assert "<h2>a</h2>" in page and "<h2>b</h2>" in page and "Students of these runs" in page
@@ -77,11 +77,11 @@ def test_own_parts_stand_by_their_names(capsys):
     sweep.main(["outputs/new0", "outputs/new1"])
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| parameterization | weighting | method | fid_classifier teacher |"
-    assert table[2:4] == ["| v | mine | halving | **2.000** |", "| v | mine | jump | 3.000 |"]
+    assert table[2:4] == ["| v | mine | halving | **2.00** |", "| v | mine | jump | 3.00 |"]
     sweep.main(["outputs/a", "outputs/new0"])  # one of 0.1.0 and one of today: what is new since is no difference
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| parameterization | weighting | fid_classifier teacher | fid_classifier 2 |"
-    assert table[2:4] == ["| x | truncated_snr | **2.000** | 3.000 |", "| v | mine | **2.000** |  |"]
+    assert table[2:4] == ["| x | truncated_snr | **2.00** | 3.00 |", "| v | mine | **2.00** |  |"]
 
 
 def test_whatever_differs_is_a_column_and_never_taken_for_a_seed(capsys):
@@ -129,7 +129,7 @@ def test_failed_and_unfinished_jobs_are_listed(capsys, outputs):
         ]
         sweep.finish([sweep.Job.of_result(result) for result in results])
     out = capsys.readouterr().out
-    assert "|  | mine | 0 | 2.000 |" in out and "not finished" in out and r"seed=-1 must be \| 0" in out
+    assert "|  | mine | 0 | 2.00 |" in out and "not finished" in out and r"seed=-1 must be \| 0" in out
     assert len(list(outputs.glob("sweep-*/ablation.csv"))) == 2
 
 
@@ -139,7 +139,7 @@ def test_values_that_are_missing_or_not_finite_are_empty_cells(capsys):
     sweep.main(["outputs/a", "outputs/b"])
     table = capsys.readouterr().out.strip().splitlines()
     assert table[0] == "| parameterization | weighting | seed | fid_classifier teacher |"
-    assert table[2] == "| x | truncated_snr | 0, 1 | 3.000 ± 1.414 |"
+    assert table[2] == "| x | truncated_snr | 0, 1 | 3.0 ± 1.4 |"
     make_run("c", {"teacher": UNMEASURED, "steps-0002": UNMEASURED})
     make_run("d", {"teacher": UNMEASURED, "steps-0002": UNMEASURED}, SNR)
     sweep.main(["outputs/c", "outputs/d"])
@@ -161,7 +161,7 @@ def test_runs_of_wandb(capsys, monkeypatch):
     with pytest.raises(UserError, match="3 of 5 jobs failed: w2, w3, w4"):
         sweep.main(["wandb:us/digits"])
     out = capsys.readouterr().out
-    assert "| x_eps | truncated_snr | 0, 1 |" in out and "2.000 ± 0.000" in out
+    assert "| x_eps | truncated_snr | 0, 1 |" in out and "2.00 ± 0" in out
     assert "| not finished |" in out and "not finished (crashed)" in out and "no run of pdistill" in out
     with pytest.raises(UserError, match=r"W&B does not give the runs of us/none .*wandb login"):
         sweep.main(["wandb:us/none"])

@@ -8,10 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from pdistill.commands.arguments import Parser, directory_of, without_imports
+from pdistill.commands.run_directory import config_of
 from pdistill.errors import UserError, printable
 from pdistill.files import read_json
 from pdistill.report import page, tables, wandb
-from pdistill.report.runs import is_row
+from pdistill.report.choices import Made, tell_apart
+from pdistill.report.runs import check, is_row, run_json
 
 WANDB = "wandb:"
 
@@ -31,8 +33,15 @@ def main(arguments: list[str]) -> None:
     file = settings.output or runs[0].parent / "report.html"
     if file.is_dir():
         raise UserError(f"--output={file} is a directory: give a file, e.g. --output={file / 'report.html'}")
-    page.write(runs, file)
+    page.write(runs, file, _told_apart(runs) if len(runs) > 1 else None)
     print(f"wrote {file}")
+
+
+def _told_apart(runs: list[Path]) -> list[dict[str, str]]:
+    """Of each run what it was made of, where the runs differ in it."""
+    for run in runs:
+        check(run)
+    return tell_apart([Made(config_of(run), run_json(run)) for run in runs])
 
 
 def show(directory: Path) -> None:

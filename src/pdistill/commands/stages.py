@@ -27,7 +27,7 @@ from pdistill.method.guidance import Guidance
 from pdistill.metrics.curve import measure_teacher
 from pdistill.parameterization import Parameterization
 from pdistill.processes import barrier, gather, is_main, of_main, rank, world_size
-from pdistill.report import page
+from pdistill.report import page, plots
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.report.runs import is_row
 from pdistill.sampling import Draw, generate
@@ -92,7 +92,7 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
         _measure_teacher(job)
         rows = _time(job, rows)
         if is_main():
-            page.comparison_sheet(directory, rows)
+            plots.comparison_sheet(directory, rows)
             _draw_neighbours(job, rows[-1])
             log_summary(job.loggers, rows, directory / "comparison.png")
             page.write([directory], directory / "report.html")

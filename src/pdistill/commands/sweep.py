@@ -116,15 +116,21 @@ def finish(jobs: list[Job]) -> None:
     text = "\n".join(tables.markdown(*table))
     write_text(directory / "ablation.md", text + "\n")
     print(f"\n{text}\n\nsweep: {directory / 'ablation.md'} and .csv")
-    here = [job.place for job in jobs if job.elsewhere is None and job.teacher]
+    shown = [(job, row) for job, row in zip(jobs, rows, strict=True) if job.elsewhere is None and job.teacher]
+    here = [job.place for job, _ in shown]
     if here:
-        page.write(here, directory / "report.html")
+        page.write(here, directory / "report.html", [_words(row) for _, row in shown])
         print(f"report: {directory / 'report.html'}")
     if here and len(table[1]) == 1:
         _draw_curves(here, directory)
     failed = [job for job in jobs if job.failure]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}")
+
+
+def _words(row: "Row") -> dict[str, str]:
+    """What tells a job apart, without its metrics."""
+    return {key: value for key, value in row.items() if isinstance(value, str)}
 
 
 def _cell(value: str | float) -> str | float:

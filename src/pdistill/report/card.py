@@ -25,6 +25,7 @@ from pdistill.files import read_json
 from pdistill.metrics.provenance import are_measured, evaluations
 from pdistill.report import tables
 from pdistill.report.choices import Config
+from pdistill.report.rounding import with_spread
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys, rows_of, run_json
 from pdistill.sampling import DDIM
 from pdistill.storage import DEFAULT_GRID
@@ -291,11 +292,11 @@ def _metrics(found: list[EvalResult]) -> tables.Words:
     guided = any("guidance" in (result.metric_args or {}) for result in found)
     for result in found:
         made_with = result.metric_args or {}
-        spread = f" ± {tables.words(made_with['std'], '.2g')}" if "std" in made_with else ""
+        value = with_spread(result.metric_value, made_with.get("std"))
         keys = ("nfe", *(["guidance"] if guided else []), "sampler", "num_samples", "extractor")
         columns = [made_with.get(k, "") for k in keys]
         of_reference = f"{result.dataset_name} ({made_with.get('reference_size', '?')} images)"
-        lines.append([result.metric_type, tables.words(result.metric_value) + spread, *map(str, columns), of_reference])
+        lines.append([result.metric_type, value, *map(str, columns), of_reference])
     guidance = ["guidance"] if guided else []
     return ["metric", "value", "steps (NFE)", *guidance, "sampler", "samples", "features", "against"], lines
 

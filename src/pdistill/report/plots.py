@@ -1,12 +1,10 @@
-"""Curves and losses as matplotlib figures. Values that are not finite, or not positive on a log axis, are left out."""
+"""Curves and the comparison sheet, by matplotlib. Values not finite, or not positive on a log axis, are left out."""
 
-import io
 import math
 import statistics
 from itertools import cycle
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import LogFormatter
@@ -14,8 +12,11 @@ from matplotlib.ticker import LogFormatter
 from pdistill.errors import printable
 from pdistill.files import whole
 from pdistill.metrics.curve import Curves
+from pdistill.report import tables
+from pdistill.report.pictures import strip
 
 LEGEND = 90  # characters that fit beside each other
+COLUMNS = 12  # seeds on the comparison sheet
 MOST_TICKS, MOST_LINES = 30, 60  # in one plot
 
 
@@ -58,20 +59,6 @@ def draw(curves: Curves, metric: str) -> Figure:
     return figure
 
 
-def draw_losses(losses: dict[str, list[tuple[int, float]]]) -> Figure:
-    """One line (update, loss) for each stage, logarithmic."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for stage, points in list(losses.items())[:MOST_LINES]:
-        updates, values = [n for n, v in points if v > 0], [v for _, v in points if v > 0]
-        axis.plot(updates, values, label=_label(stage.replace("_", " ")), lw=1, marker="." if len(updates) == 1 else "")
-    axis.set(yscale="log", xlabel="update", ylabel="loss")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        _as_it_stands(axis.legend(fontsize="small", ncols=2))
-    return figure
-
-
 def _label(name: str) -> str:
     """What stands in a legend of a name that anybody may have given; matplotlib hides what begins with "_"."""
     text = printable(name)
@@ -95,10 +82,19 @@ def plot(curves: Curves, metric: str, path: Path) -> None:
     save(draw(curves, metric), path)
 
 
-def svg(figure: Figure) -> str:
-    """The figure to stand inside of a page: black and white taken as the page's colours, words as text."""
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pdistill"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "none")
+def comparison_sheet(directory: Path, rows: list[dict], columns: int = COLUMNS) -> None:
+    """comparison.png from the stages' grids: a row for each step count, a column for each seed."""
+    grids = [(row, directory / row["stage"] / "samples.png") for row in rows]
+    strips = [(row, strip(grid, columns)) for row, grid in grids if grid.exists()]
+    if not strips:
+        return
+    figure = Figure(figsize=(columns * 0.6 + 1.2, len(strips) * 0.66))
+    axes = figure.subplots(len(strips), 1, squeeze=False)
+    for axis, (row, pictures) in zip(axes[:, 0], strips, strict=True):
+        axis.imshow(pictures, interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(tables.title(row, "\n"), rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4, h_pad=0.1)
+    save(figure, directory / "comparison.png", dpi=110, tight=True)

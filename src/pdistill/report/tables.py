@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pdistill.errors import printable
 from pdistill.metrics.curve import Curves
 from pdistill.metrics.provenance import comparable, evaluations
+from pdistill.report.rounding import mean_and_spread, number, supported, with_spread
 from pdistill.report.runs import KEY_OF_WEIGHTS, finite, metric_keys
 from pdistill.steps import is_student
 
@@ -67,27 +68,48 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
 
 
+def filled(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Words:
+    """The table without the columns that are empty."""
+    known = [k for k in range(len(headings)) if not lines or any(line[k] for line in lines)]
+    return [headings[k] for k in known], [[line[k] for k in known] for line in lines]
+
+
 # ---- the stages of a run
 
 
 def title(row: dict, separator: str = ", ") -> str:
     """ "teacher, 32 steps", "1 step"."""
-    steps = f"{row['num_steps']} step" + "s" * (row["num_steps"] > 1)
-    return steps if is_student(row["stage"]) else f"{row['stage']}{separator}{steps}"
+    return steps_of(row) if is_student(row["stage"]) else f"{row['stage']}{separator}{steps_of(row)}"
+
+
+def steps_of(row: dict) -> str:
+    """ "1 step", "32 steps"."""
+    return f"{row['num_steps']} step{'s' * (row['num_steps'] > 1)}"
+
+
+def evaluations_of(row: dict) -> int:
+    """Network evaluations of one of a stage's samples."""
+    return evaluations((row.get("provenance") or {}) | {"num_steps": row["num_steps"]}) or row["num_steps"]
+
+
+def speed_up(teacher: dict, row: dict) -> str:
+    """How many times faster a stage samples than the teacher, as exactly as their timings allow; "" if not timed."""
+    ours, theirs = (finite(r.get("seconds_per_image")) for r in (row, teacher))
+    if not ours or not theirs:
+        return ""
+    spread = max(finite(r.get(SPREAD)) or 0.0 for r in (row, teacher)) if row is not teacher else 0.0
+    return supported(theirs / ours, spread * theirs / ours, 2)
 
 
 def stages(rows: list[dict]) -> Words:
     """The stages of a run: steps, metrics, seconds per image, and the speed-up over the teacher."""
     metrics = metric_keys(rows)
-    timed = any(finite(row.get("seconds_per_image")) for row in rows)
-    teacher = finite(rows[0].get("seconds_per_image")) if rows else None
     lines = []
     for row in rows:
-        seconds = finite(row.get("seconds_per_image"))
-        times = [words(seconds, ".2g"), words(teacher / seconds, ".1f", "x") if teacher and seconds else ""]
-        values = [words(row.get(k), ".3f") for k in metrics]
-        lines.append([row["stage"], str(row["num_steps"]), *values, *(times if timed else [])])
-    return ["stage", "steps", *metrics, *(["seconds per image", "speed-up"] if timed else [])], lines
+        factor = speed_up(rows[0], row)
+        times = [number(row.get("seconds_per_image"), 2), factor and f"{factor}x"]
+        lines.append([row["stage"], str(row["num_steps"]), *(number(row.get(k)) for k in metrics), *times])
+    return filled(["stage", "steps", *metrics, "seconds per image", "speed-up"], lines)
 
 
 def stage_notes(rows: list[dict]) -> list[str]:
@@ -120,15 +142,13 @@ def cost(rows: list[dict]) -> Words:
             words(row.get("learning_rate"), "g"),
             words(row.get("training_images"), ".0f"),
             words(row.get("network_passes"), ".0f"),
-            words(row["training_seconds"] / 60, ".1f"),
-            words((finite(row.get("joules")) or 0.0) / 1000 or None, ".1f"),
+            number(row["training_seconds"] / 60, 2),
+            number((finite(row.get("joules")) or 0.0) / 1000 or None, 2),
         ]
         for row in rows
         if finite(row.get("training_seconds")) is not None
     ]
-    headings = ["stage", "updates", "learning rate", "images", "network passes", "minutes", "kJ"]
-    known = [k for k in range(len(headings)) if any(line[k] for line in lines)]
-    return [headings[k] for k in known], [[line[k] for k in known] for line in lines]
+    return filled(["stage", "updates", "learning rate", "images", "network passes", "minutes", "kJ"], lines)
 
 
 def provenance(rows: list[dict]) -> dict[str, str]:
@@ -166,15 +186,11 @@ def cells(rows: list[dict]) -> tuple[list[str], list[list[str]], list[str]]:
         made_with, label = row["provenance"], row["provenance"]["label"]
         for reason in _reservations(sampled[0], made_with) if sampled else []:
             label += marks.setdefault(reason, "†" * (len(marks) + 1))
-        values = [_with_spread(row.get(m), row.get(f"{m}_std")) for m in metrics]
+        values = [with_spread(row.get(m), row.get(f"{m}_std")) for m in metrics]
         cost = [str(made_with.get("num_steps") or ""), *([str(evaluations(made_with) or "")] if twice else [])]
         lines.append([label, *cost, str(made_with.get("num_samples", "")), *values])
     headings = ["samples of", "steps", *(["evaluations"] if twice else []), "number", *metrics]
-    return headings, lines, [f"{mark} {reason}" for reason, mark in marks.items()]
-
-
-def _with_spread(value: object, spread: object) -> str:
-    return words(value) + (f" ± {words(spread, '.2g')}" if finite(value) is not None and finite(spread) else "")
+    return *filled(headings, lines), [f"{mark} {reason}" for reason, mark in marks.items()]
 
 
 def curves(rows: list[dict]) -> tuple[str | None, Curves]:
@@ -215,14 +231,6 @@ def _weights_unknown(made_with: dict) -> bool:
 
 
 # ---- runs over seeds
-
-
-def mean_and_spread(values: Sequence[float] | None) -> str:
-    """ "2.107 ± 0.031": mean and sample standard deviation, the latter where there is more than one value."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def curve_table(found: Curves, ratios: Mapping[int, Sequence[float]]) -> Words:
