@@ -1,4 +1,4 @@
-"""The extractors of `metrics=auto`: a classifier of the dataset's labels, or, without labels, of how an image is turned.
+"""The extractor of `metrics=auto`: a classifier of the dataset's labels, or without labels of how an image is turned.
 
 To tell which way is up, a network must know what is in the pictures (Gidaris et al., 2018, 1803.07728).
 """
@@ -40,7 +40,9 @@ def train_rotations(data: ImageSet, max_updates: int = MAX_UPDATES, device: str 
     images = images[:: -(-len(images) // most)]
     turned = torch.cat([images.rot90(quarters, (2, 3)) for quarters in range(4)])
     labels = torch.arange(4).repeat_interleave(len(images))
-    classifier = train_classifier(ImageSet(f"{data.name}, turned", turned, labels), max_updates=max_updates, device=device)
+    classifier = train_classifier(
+        ImageSet(f"{data.name}, turned", turned, labels), max_updates=max_updates, device=device
+    )
     return Rotations(classifier.layers)
 
 
