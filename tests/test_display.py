@@ -1,15 +1,15 @@
-"""The display of a run: what its line says, on terminals of any width, in pipes, CI logs and notebooks, after a resume."""
+"""The display of a run: its line on terminals of any width, in pipes, CI logs and notebooks, and after a resume."""
 
 import fcntl
 import io
 import os
 import re
-import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -55,13 +55,13 @@ def work(now: Clock, phase: str, total: int, seconds_each: float, initial: int =
             progress.update()
 
 
-def run(now: Clock, first: int = 0) -> Display:
-    """All of it: 0.3 s an update of the teacher's, from its `first` on; a pass takes 0.1 s, and an evaluation 0.05 s."""
-    with Display(parts()) as shown:
+def run(now: Clock, kind: type[Display] = Display) -> None:
+    """All of it: 0.3 s an update, whatever its passes; an evaluation takes 0.05 s."""
+    with kind(parts()):
         for name, images in (("teacher", 300), ("steps-0002", 500), ("steps-0001", 1000)):
             display.begin(name, TRAINING)
             display.tell(loss=0.01234, images_per_second=412.3)
-            work(now, TRAINING, images // 3, 0.3, first if name == "teacher" else 0)
+            work(now, TRAINING, images // 3, 0.3)
             display.begin(name, MEASURING)
             work(now, MEASURING, 10, 0.5)
             display.begin(name, SAMPLING)
@@ -69,44 +69,33 @@ def run(now: Clock, first: int = 0) -> Display:
             display.finished(name, ("fid_classifier", 8.594321), was_done=False)
         display.begin(AFTERWARDS, MEASURING)
         work(now, MEASURING, 10, 1)
-    return shown
 
 
 def test_the_time_left_is_of_passes_and_of_this_sitting(now, capsys):
     run(now)
     lines = capsys.readouterr().err.splitlines()
     # 89 updates of 0.3 s, then 110 evaluations at the rate of a pass until one was measured: 26.7 s + 11 s
-    assert lines[0] == (
-        "1/3 teacher: training 10%, 10/100 updates, 0:38 left (run 3:50), loss 0.0123, 412 images/s"
-    )
+    assert lines[0] == ("1/3 teacher: training 11%, 11/100 updates, 0:38 left (run 3:50), loss 0.0123, 412 images/s")
     assert not any("left (run" not in line for line in lines if "%" in line)
     done = [line for line in lines if "%" not in line]
     assert [line.split(", ")[0] for line in done] == [
         f"{k}/3 {name}: fid_classifier 8.594" for k, name in ((1, "teacher"), (2, "steps-0002"), (3, "steps-0001"))
     ]
     assert done[0].endswith(", 0:36")  # 30 + 5 + 0.5 seconds
-    assert lines[-1].startswith("3/3 all stages: measuring 100%, 0:00 left (run 0:00), fid_classifier 8.594") or (
-        lines[-1].startswith("3/3 all stages: measuring")
-    )
+    assert lines[-1].startswith("3/3 all stages: measuring ") and lines[-1].endswith("), fid_classifier 8.594")
 
 
 def test_nearly_right_from_the_first_stage_on(now):
-    """What is said to be left in the first stage, and what it then took."""
-    said = []
+    said: list[tuple[float, float | None]] = []
 
-    class Asked(Display):
+    class Noted(Display):
         def advanced(self, bar):
             super().advanced(bar)
             said.append((now.now, self.left()[1]))
 
-    shown, display.Display.advanced = Display.advanced, Asked.advanced  # noqa
-    try:
-        run(now)
-    finally:
-        display.Display.advanced = shown
-    took = now.now
-    begun = [left for at, left in said if left is not None and at < 60]
-    assert begun and all(abs(left + at - took) < 0.15 * took for at, left in said if left is not None and at < took - 30)
+    run(now, Noted)
+    wrong = [left + at - now.now for at, left in said if left is not None and at < now.now - 30]
+    assert len(wrong) > 400 and max(map(abs, wrong)) < 0.15 * now.now
 
 
 def test_after_a_resume_nothing_of_before_is_in_a_rate(now, capsys):
@@ -116,7 +105,7 @@ def test_after_a_resume_nothing_of_before_is_in_a_rate(now, capsys):
         display.begin("steps-0002", TRAINING)
         work(now, TRAINING, 166, 1.0, initial=160)
     first, *_ = capsys.readouterr().err.splitlines()
-    # 3 updates of 1 s after the first: 3 s to go, 110 + 1110 evaluations and a stage of 1000 images at 1 s / (500 / 166)
+    # 3 updates to go, 110 + 1110 evaluations and passes after them, all at 166 s for 500
     assert first.startswith("2/3 steps-0002: training 98%, 163/166 updates, ")
     stage, whole = re.findall(r"(\d+:\d+)", first)
     assert stage == clock(3 + 110 * 166 / 500) and whole == clock(3 + (110 + 1110) * 166 / 500 + 20)
@@ -137,7 +126,6 @@ def test_the_most_important_fits(now):
     finally:
         del os.environ[display.JOB]
     assert all(len(text) <= columns for columns, text in texts.items())
-    assert texts[59] == "2/3 steps-0002: 10%, 3:29:10 left (run 10:04:00), loss 0.0123"[:0] or len(texts[59]) <= 59
     for word in ("2/3 steps-0002:", "10%", "left", "(run"):
         assert word in texts[59]
     for word in ("training", "loss 0.0123", "fid_classifier 8.594"):
@@ -150,15 +138,27 @@ def on_a_terminal(columns: int, work, monkeypatch) -> str:
     """What is written to a terminal of so many columns."""
     controller, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    text = ""
+    written: list[str] = []
+    reader = threading.Thread(target=lambda: written.append(read_all(controller)))  # it holds no more than 4 kB
+    reader.start()
     with os.fdopen(terminal, "w") as screen:
         monkeypatch.setattr(sys, "stderr", screen)
         work()
         monkeypatch.setattr(sys, "stderr", sys.__stderr__)
-        while select.select([controller], [], [], 0.2)[0]:
-            text += os.read(controller, 1_000_000).decode()
+    reader.join()
+    return written[0]
+
+
+def read_all(controller: int) -> str:
+    """What the other end writes until it is closed."""
+    text = b""
+    try:
+        while part := os.read(controller, 100_000):
+            text += part
+    except OSError:  # which is how a terminal ends
+        pass
     os.close(controller)
-    return text
+    return text.decode()
 
 
 def drawn(text: str) -> list[str]:
@@ -228,9 +228,7 @@ def test_killed_and_resumed(start, workplace, monkeypatch):
     _, err = again.communicate(120)
     assert again.returncode == 0 and "\r" not in err and "\x1b" not in err
     lines = err.splitlines()
-    assert lines[0] == (
-        "digits: 1,797 images of 1x8x8, 10 classes; a network of 0.83 M parameters; in 2, 1 steps"
-    )
+    assert lines[0] == ("digits: 1,797 images of 1x8x8, 10 classes; a network of 0.83 M parameters; in 2, 1 steps")
     assert [line.split(":")[0] for line in lines if "%" not in line][1:] == ["1/2 teacher", "2/2 steps-0001"]
     assert not any(" 0%" in line for line in lines if "training" in line)
 
@@ -245,18 +243,15 @@ def test_a_whole_run_on_a_terminal(workplace, columns):
     words = [sys.executable, ROOT / "distill.py", "experiment=smoke", f"name=terminal{columns}"]
     with subprocess.Popen(words, cwd=workplace, env=environment, stderr=terminal, stdout=subprocess.DEVNULL) as process:
         os.close(terminal)
-        text = ""
-        while True:
-            try:
-                text += os.read(controller, 100_000).decode()
-            except OSError:  # closed at the other end
-                break
-    os.close(controller)
+        text = read_all(controller)
     assert process.returncode == 0
     assert max(map(len, drawn(text))) < columns
     kept = [drawn(line)[-1] for line in text.split("\r\n") if drawn(line)]
     assert [line.split(":")[0] for line in kept][-4:] == [
-        "1/4 teacher", "2/4 steps-0004", "3/4 steps-0002", "4/4 steps-0001"
+        "1/4 teacher",
+        "2/4 steps-0004",
+        "3/4 steps-0002",
+        "4/4 steps-0001",
     ]
 
 

@@ -53,7 +53,7 @@ def _images(job: Job, plan: Plan) -> dict[str, float]:
         return {row.name: row.images for row in rows}
     except Exception:
         section = settings.distillation
-        each = section.batch_size * USUAL_PASSES
+        each = float(section.batch_size * USUAL_PASSES)
         last = settings.steps.updates_last_two
         found = dict.fromkeys([CONVERTED] * plan.converts + [GUIDED] * plan.guides, last * each)
         if plan.given is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig
 
 from pdistill import processes
@@ -72,7 +73,7 @@ def prepare(arguments: list[str]) -> Path | None:
 def _choices_of(words: list[str]) -> dict[str, int | None]:
     """The keys that a sweep varies, and how many values each has; None where that is not known here (glob)."""
     varied = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
-    counted = (o.is_choice_sweep() or o.is_range_sweep() for o in varied)
+    counted = (o.is_discrete_sweep() and not isinstance(o.value(), Glob) for o in varied)
     return {
         str(o.key_or_group): len(list(o.sweep_iterator())) if known else None
         for o, known in zip(varied, counted, strict=True)
