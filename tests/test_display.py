@@ -4,13 +4,11 @@ import fcntl
 import io
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -210,27 +208,6 @@ def test_a_run_that_shows_nothing(now, monkeypatch):
 def test_how_many_jobs_a_sweep_has():
     words = ["seed=0,1,2", "training.updates=range(1,5)", "parameterization=x,v", "name=a", "+steps=glob(*)"]
     assert _choices_of(words) == {"seed": 3, "training.updates": 4, "parameterization": 2, "steps": None}
-
-
-TINY = ("experiment=smoke", "name=killed", "metrics=none", "samples_every_n_updates=null", "steps.plan=[2,1]")
-TINY += ("training.updates=60", "steps.updates_last_two=5", "trainer.log_every_n_steps=5")
-
-
-def test_killed_and_resumed(start, workplace, monkeypatch):
-    """SIGKILL in the teacher's training: the same command counts on, and its rates are of the second process."""
-    run, checkpoint = start("distill.py", *TINY), workplace / "outputs" / "killed" / "teacher" / "last.ckpt"
-    while not checkpoint.exists():
-        assert run.poll() is None
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.communicate(60)
-    again = start("distill.py", *TINY)
-    _, err = again.communicate(120)
-    assert again.returncode == 0 and "\r" not in err and "\x1b" not in err
-    lines = err.splitlines()
-    assert lines[0] == ("digits: 1,797 images of 1x8x8, 10 classes; a network of 0.83 M parameters; in 2, 1 steps")
-    assert [line.split(":")[0] for line in lines if "%" not in line][1:] == ["1/2 teacher", "2/2 steps-0001"]
-    assert not any(" 0%" in line for line in lines if "training" in line)
 
 
 @pytest.mark.slow
