@@ -20,6 +20,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pdistill.commands import help as help_page
+from pdistill.commands.arguments import with_folders
 from pdistill.commands.cli import COMPOSED, PLAIN
 from pdistill.commands.settings import settings_of
 from pdistill.commands.steps_key import steps_is_a_key
@@ -72,7 +73,7 @@ def of_hydra(command: str) -> bool:
 
 def check(command: str, arguments: list[str]) -> None:
     """Composes a command line and makes its settings, which check themselves; of a multirun, every value once."""
-    overrides = [word for word in arguments if not word.startswith("-")]
+    overrides = [word for word in with_folders(arguments) if not word.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
     swept = {o.key_or_group: list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
@@ -121,7 +122,7 @@ def test_hydra_composes(command):
                 check(name, arguments)
 
 
-@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").iterdir()))
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(experiment):
     for command in ("train", "distill"):
         check(command, ["-m", f"experiment={experiment}"])

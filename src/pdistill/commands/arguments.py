@@ -37,8 +37,8 @@ def directory_of(argument: str) -> Path:
 def with_folders(words: list[str]) -> list[str]:
     """The words of a command line, with `dataset=<folder or zip>` as Hydra knows it.
 
-    That is dataset=image_folder dataset.path=<folder or zip>. A path begins with / or ., or holds a / or ends in .zip
-    and is there, or is a folder here whose name is no choice of the group.
+    That is dataset=image_folder dataset.path=<folder or zip>. A path begins with /, ~ or ., or it is there and
+    holds a /, ends in .zip, or is no choice of the group.
     """
     found = []
     for word in words:
@@ -52,7 +52,7 @@ def with_folders(words: list[str]) -> list[str]:
 
 
 def _is_path(value: str, own_choices: bool) -> bool:
-    if value.startswith(("/", "./", "../")) or value in (".", ".."):
+    if value.startswith(("/", "~", "./", "../")) or value in (".", ".."):
         return True
     looks_so = "/" in value or value.lower().endswith(".zip")
     is_choice = own_choices or (conf() / "dataset" / f"{value}.yaml").exists()
