@@ -80,9 +80,13 @@ def test_an_interrupted_run_ends_byte_identical(smoke, start, run, workplace):
         assert not (directory / stage / "metrics.json").exists()
         if number != signal.SIGKILL:
             assert "the same command continues" in err and "Traceback" not in err
+            assert "1/4 teacher: fid_classifier " in err or number == signal.SIGINT  # finished in a sitting before
     status, _, err = run(*command)
     assert status == 0, err
     assert hashes(directory) == hashes(smoke)
+    assert "\r" not in err and "\x1b" not in err and err.startswith("digits: 1,797 images of 1x8x8, 10 classes; ")
+    told = [line.split(": ")[0] for line in err.splitlines() if ": fid_classifier " in line]
+    assert told == ["3/4 steps-0002", "4/4 steps-0001"]  # the others were finished, and count
 
 
 def test_a_name_stands_for_one_configuration(smoke, run):

@@ -31,6 +31,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "randomness",
         "registry",
         "bars",
+        "display",
         "checks",
         "training.settings",
         "metrics.settings",

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pdistill.commands import help as help_page
+from pdistill.commands.arguments import with_folders
 from pdistill.commands.cli import COMPOSED, PLAIN
 from pdistill.commands.settings import settings_of
 from pdistill.commands.steps_key import steps_is_a_key
@@ -87,7 +88,7 @@ def of_hydra(command: str) -> bool:
 def check(command: str, arguments: list[str]) -> None:
     """Composes a command line and makes its settings, which check themselves; of a multirun, every value once."""
     of_optuna = ("hydra/sweeper=optuna", "hydra.sweeper.")  # which is not among the packages of the tests
-    overrides = [word for word in arguments if not word.startswith(("-", *of_optuna))]
+    overrides = [word for word in with_folders(arguments) if not word.startswith(("-", *of_optuna))]
     parsed = OverridesParser.create().parse_overrides(overrides)
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
     swept = {o.key_or_group: _values(o) for o in parsed if o.is_sweep_override()}
@@ -144,7 +145,7 @@ def test_hydra_composes(command):
                 check(name, arguments)
 
 
-@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").iterdir()))
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(experiment):
     for command in ("train", "distill"):
         check(command, ["-m", f"experiment={experiment}"])

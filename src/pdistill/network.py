@@ -75,6 +75,21 @@ def unet(
     return network
 
 
+def small_unet(
+    image_size: int, image_channels: int, out_channels: int, ch: int, emb_ch: int, num_classes: int | None = None
+) -> UNet2DModel:
+    """A UNet for small images, halved as often as leaves 4 pixels or more; attention at the lowest resolution.
+
+    At 8x8, with ch=32 and emb_ch=128, it is the network of conf/network/digits.yaml.
+    """
+    levels = [image_size]
+    while levels[-1] % 2 == 0 and levels[-1] >= 8:
+        levels.append(levels[-1] // 2)
+    ch_mult = [1] + [2] * (len(levels) - 1)
+    shape = (image_size, image_channels, out_channels)
+    return unet(*shape, ch, emb_ch, ch_mult, num_res_blocks=1, attn_resolutions=levels[-1:], num_classes=num_classes)
+
+
 def zero_initialise(network: UNet2DModel) -> None:
     """Every residual branch starts as the identity and the output as zero, as in the authors' code."""
     layers: list[Any] = [network.conv_out]

@@ -39,6 +39,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "metrics": {
         "classifier": "pdistill.metrics.classifier:train_classifier",
         "inception": "pdistill.metrics.extractors:inception",
+        "auto": "pdistill.metrics.rotations:fitting",
     },
     "sampler": {name: f"pdistill.sampling:{name}" for name in ("ddim", "ancestral", "stochastic")}
     | {

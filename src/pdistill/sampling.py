@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pdistill import registry
 from pdistill.bars import bar
+from pdistill.display import SAMPLING
 from pdistill.errors import UserError
 from pdistill.parameterization import broadcast
 from pdistill.randomness import normal, sample_noise
@@ -263,7 +264,7 @@ def generate(denoiser: Any, indices: Sequence[int], draw: Draw, device: torch.de
     """
     starts = range(0, len(indices), draw.batch_size)
     total = len(starts) * draw.num_steps
-    with bar((), f"sampling in {draw.num_steps} steps", total, "step", within=True) as progress:
+    with bar((), f"sampling in {draw.num_steps} steps", total, "step", within=True, phase=SAMPLING) as progress:
         for k, start in enumerate(starts):
             batch = indices[start : start + draw.batch_size]
             images = drawn(denoiser, batch, draw, device, lambda i, z, x_hat: progress.update())

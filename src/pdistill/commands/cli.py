@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from pdistill import __version__
 from pdistill.commands import help as help_page
 from pdistill.commands import jobs
+from pdistill.commands.arguments import with_folders
 from pdistill.commands.complaints import USER_ERRORS, cause_of, one_line
 from pdistill.commands.settings import conf
 from pdistill.commands.steps_key import steps_is_a_key
@@ -70,7 +71,7 @@ def run(command: str, subcommand: bool = False) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, to be told here in one line
     end_on_signals(what_remains(command))
     typed = list(sys.argv)
-    arguments = [_with_home(word) for word in typed[2 if subcommand else 1 :]]
+    arguments = with_folders([_with_home(word) for word in typed[2 if subcommand else 1 :]])
     if {"--help", "-h"} & set(arguments):
         print(help_page.of_command(command, subcommand))
         return

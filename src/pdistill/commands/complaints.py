@@ -80,7 +80,10 @@ def _hydras(error: BaseException, cause: BaseException) -> str:
         return _unknown_key(m[1] or m[2])
     if isinstance(cause, ValueError | TypeError):
         return str(cause)
-    return re.sub(r"^In '.*?': ", "", str(error)).split("Config search path")[0]
+    told = re.sub(r"^In '.*?': ", "", str(error)).split("Config search path")[0].strip()
+    return (
+        f"{told}; or a folder or zip of pictures by its path" if told.startswith("Could not find 'dataset/") else told
+    )
 
 
 def _unknown_key(key: str) -> str:

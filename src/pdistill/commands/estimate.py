@@ -125,9 +125,14 @@ def trainings(settings: Estimate, trains_teacher: bool, denoiser: Denoiser) -> l
         small = module.student
     method = instantiate(settings.method)
     stages: list[Stage] = method.stages(settings.steps, settings.distillation.max_teacher_steps)
+    section, counted = settings.distillation, {}
     for stage in stages:
-        module = DistillationModule(copy.deepcopy(small), stage, recipe(settings.distillation), method)
-        add(stage.name, module, settings.distillation, stage.updates)
+        kind = stage.teacher_steps, stage.counts
+        if kind not in counted:
+            module = DistillationModule(copy.deepcopy(small), stage, recipe(section), method)
+            counted[kind] = passes_of_update(module)
+        images = stage.updates * section.batch_size * counted[kind]
+        rows.append(Row(stage.name, stage.updates, images, section.batch_size))
     return rows
 
 

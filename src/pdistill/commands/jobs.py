@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import re
@@ -18,18 +19,21 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig
 
 from pdistill import processes
 from pdistill.commands import run_directory
 from pdistill.commands.complaints import USER_ERRORS, cause_of, not_installed, one_line
 from pdistill.commands.stopping import end_where_nothing_does, requeued, what_remains
+from pdistill.display import JOB
 from pdistill.errors import Interrupted, UserError, first_line
 from pdistill.faults import in_words
 from pdistill.files import locked, read_json, write_json
 from pdistill.processes import is_main
 from pdistill.registry import import_parts
 
+COUNTS = "PDISTILL_SWEEP_COUNTS"  # of a sweep: how many values each of its keys has, as JSON
 SWEEP = "PDISTILL_SWEEP"  # of a sweep's jobs, in whatever process: the directory of their results
 STARTED_BY = "PDISTILL_SWEEP_PID"
 NOT_ENDED = "its process ended before it did"
@@ -58,12 +62,43 @@ def prepare(arguments: list[str]) -> Path | None:
             "job with several devices starts its processes itself"
         )
     words = [a for a in arguments if "=" in a and not a.startswith("-")]
-    swept = [o.key_or_group for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
-    os.environ[run_directory.SWEPT] = " ".join(filter(None, swept))
+    counts = _choices_of(words)
+    os.environ[run_directory.SWEPT], os.environ[COUNTS] = " ".join(counts), json.dumps(counts)
     os.environ[SWEEP], os.environ[STARTED_BY] = uuid.uuid4().hex[:8], str(os.getpid())
     if any(re.match("hydra/launcher=submitit", a) for a in arguments):
         print("what the jobs print is in outputs/.multirun/.submitit, or below another output_root", flush=True)
     return Path(os.environ[SWEEP])
+
+
+def _choices_of(words: list[str]) -> dict[str, int | None]:
+    """The keys that a sweep varies, and how many values each has; None where that is not known here (glob)."""
+    varied = [o for o in OverridesParser.create().parse_overrides(words) if o.is_sweep_override()]
+    counted = (o.is_discrete_sweep() and not isinstance(o.value(), Glob) for o in varied)
+    return {
+        str(o.key_or_group): len(list(o.sweep_iterator())) if known else None
+        for o, known in zip(varied, counted, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def _numbered() -> Iterator[None]:
+    """Lets the display of a job, in this process or in one of its own, say which it is."""
+    os.environ[JOB] = _number()
+    try:
+        yield
+    finally:
+        del os.environ[JOB]
+
+
+def _number() -> str:
+    """Of this job, "2/6"; "2" where a sweeper of another kind decides how many there are."""
+    config = HydraConfig.get()
+    number, params = str(config.job.num + 1), config.sweeper.get("params") or {}
+    if not str(config.sweeper.get("_target_")).endswith("BasicSweeper"):
+        return number
+    counts = _choices_of([f"{key}={value}" for key, value in params.items()]) | json.loads(os.environ.get(COUNTS, "{}"))
+    known = [count for count in counts.values() if count is not None]
+    return f"{number}/{math.prod(known)}" if len(known) == len(counts) else number
 
 
 def _results(cfg: DictConfig) -> Path:
@@ -87,7 +122,7 @@ def run_job(command: str, cfg: DictConfig, program: list[str]) -> float | None:
     choices = {k: v for k, v in typed.items() if k != "name"}
     result = {"name": cfg.get("name"), "output_root": cfg.get("output_root", "outputs"), "groups": names}
     result |= {"choices": choices, "value": None, "error": NOT_ENDED, "process": [socket.gethostname(), os.getpid()]}
-    with _noting(cfg, result) as noted:
+    with _noting(cfg, result) as noted, _numbered():
         try:
             value, error = _value_or_error(command, cfg, program, overrides)
         except Interrupted as stopped:

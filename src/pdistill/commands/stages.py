@@ -13,6 +13,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from pdistill import display
+from pdistill.bars import bar
+from pdistill.commands import announce
 from pdistill.commands.denoisers import check_stable, new_denoiser
 from pdistill.commands.job import Job, opened
 from pdistill.commands.preflight import check_batches, planned
@@ -43,7 +46,6 @@ from pdistill.training.settings import Conversion as Converting
 from pdistill.training.settings import Optimization
 from pdistill.training.teacher import TeacherModule
 
-GRID_IMAGES = 64
 FRAME_IMAGES = 4  # the first of the grid
 NEIGHBOURS_OF = 12  # samples
 
@@ -56,9 +58,9 @@ def train(settings: Train, cfg: DictConfig, directory: Path) -> None:
     check_batches(settings, [settings.training])
     execution.check(settings, teacher.network)
     num_steps = settings.steps.plan[0]
-    with opened(settings, cfg, directory, data) as job:
+    with opened(settings, cfg, directory, data) as job, announce.of_training(job, teacher):
         _train_teacher(job, teacher)
-        _measure_teacher(job)
+        _measure_teacher(job, "teacher")
         row = _finish_stage(job, "teacher", num_steps, _facts(settings.training.updates, settings.training, None))
         _time(job, [row])
 
@@ -67,7 +69,7 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
     """The whole of a run, to `directory`/summary.json. Raises UserError before any work starts."""
     plan = planned(settings)
     given, num_steps = plan.given, settings.steps.plan[0]
-    with opened(settings, cfg, directory, plan.data) as job:
+    with opened(settings, cfg, directory, plan.data) as job, announce.of_distillation(job, plan):
         teacher = directory / "teacher"
         if given is None:
             _train_teacher(job, plan.template)
@@ -89,14 +91,19 @@ def distill(settings: Distill, cfg: DictConfig, directory: Path) -> None:
             rows.append(_finish_stage(job, stage.name, stage.num_steps, facts))
             results.append(directory / stage.name)
             rows += [_finish_fused(job, results[-1], count) for count in stage.counts]
-        _measure_teacher(job)
+        _measure_teacher(job, display.AFTERWARDS)
         rows = _time(job, rows)
+        display.begin(display.AFTERWARDS, display.EXPORTING)
         if is_main():
-            plots.comparison_sheet(directory, rows)
-            _draw_neighbours(job, rows[-1])
-            log_summary(job.loggers, rows, directory / "comparison.png")
-            page.write([directory], directory / "report.html")
-            write_json(directory / "summary.json", rows)
+            writing = [
+                partial(plots.comparison_sheet, directory, rows),
+                partial(_draw_neighbours, job, rows[-1]),
+                partial(log_summary, job.loggers, rows, directory / "comparison.png"),
+                partial(page.write, [directory], directory / "report.html"),
+                partial(write_json, directory / "summary.json", rows),
+            ]
+            for write in bar(writing, "the report", unit="file", phase=display.EXPORTING):
+                write()
 
 
 def _is_trained(stage: Path) -> bool:
@@ -186,6 +193,7 @@ def _fit(job: Job, module: DenoisingModule, name: str, batch_size: int, counts: 
         max_batch_per_device=settings.max_batch_per_device,
         progress_bar=settings.trainer["enable_progress_bar"],
     )
+    display.begin(name, display.TRAINING)
     fit(module, data, options)
 
 
@@ -207,13 +215,16 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
     if found is not None:
         if not is_row(found) or found["stage"] != name or found["num_steps"] != num_steps:
             raise UserError(f"{directory / 'metrics.json'} is no row of {name}: delete it and run the command again")
+        display.finished(name, _metric_of(job, found), was_done=True)
         return found
     denoiser = Denoiser.load(directory / "denoiser").to(job.device)
     row: dict[str, Any] = {"stage": name, "num_steps": num_steps}
     if job.fid is not None:
+        display.begin(name, display.MEASURING)
         row[job.fid.name] = job.fid.measure(denoiser, num_steps, job.device)
         row["num_samples"] = job.fid.num_samples
         row["provenance"] = job.fid.provenance(denoiser, num_steps)
+    display.begin(name, display.SAMPLING)
     grid = _grid(job, denoiser, num_steps)
     if is_main():
         row |= {**facts, "denoiser": f"{name}/denoiser"}
@@ -224,21 +235,27 @@ def _finish_stage(job: Job, name: str, num_steps: int, facts: dict[str, Any]) ->
             save_grid(torch.stack(grid[:FRAME_IMAGES]), film_of(directory, facts["updates"]), nrow=1)
         log_stage(job.loggers, metric_prefix(name), row, directory, job.directory.name)
         write_json(directory / "metrics.json", row)
+    display.finished(name, _metric_of(job, row), was_done=False)
     barrier()
     return row
 
 
+def _metric_of(job: Job, row: dict[str, Any]) -> tuple[str, float] | None:
+    return None if job.fid is None or job.fid.name not in row else (job.fid.name, row[job.fid.name])
+
+
 def _grid(job: Job, denoiser: Denoiser, num_steps: int) -> list[torch.Tensor]:
     """The images (C, H, W) of samples.png, drawn by all processes together: many steps take long."""
-    mine = range(rank(), GRID_IMAGES, world_size())
+    mine = range(rank(), announce.GRID_IMAGES, world_size())
     drawn = generate(denoiser, mine, Draw(num_steps, job.settings.seed), job.device)
     parts = gather([image for batch in drawn for image in batch.cpu()])
-    return [parts[i % len(parts)][i // len(parts)] for i in range(GRID_IMAGES)]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(announce.GRID_IMAGES)]
 
 
 def _time(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with seconds per image, measured by the main process while nothing else is done, and kept."""
     if is_main() and any("seconds_per_image" not in row for row in rows):
+        display.begin(display.AFTERWARDS, display.MEASURING)
         denoisers = [Denoiser.load(job.directory / row["stage"] / "denoiser").to(job.device) for row in rows]
         timed = time_stages(denoisers, [row["num_steps"] for row in rows], job.device)
         for row, seconds in zip(rows, timed, strict=True):
@@ -248,7 +265,7 @@ def _time(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _measure_teacher(job: Job) -> None:
+def _measure_teacher(job: Job, stage: str) -> None:
     """The teacher by its own samplers at the step counts of metrics.teacher_curve, to teacher/curve.json."""
     curve, fid = job.settings.metrics.teacher_curve, job.fid
     if fid is None or curve is None:
@@ -256,6 +273,7 @@ def _measure_teacher(job: Job) -> None:
     denoiser = Denoiser.load(job.directory / "teacher" / "denoiser").to(job.device)
 
     def measure(num_steps: int, sampler: str) -> float:
+        display.begin(stage, display.MEASURING)
         return fid.measure(denoiser, num_steps, job.device, sampler)
 
     measure_teacher(

@@ -8,6 +8,7 @@ import torch
 
 from pdistill.bars import bar
 from pdistill.denoiser import Denoiser
+from pdistill.display import MEASURING
 from pdistill.randomness import sample_noise
 from pdistill.sampling import Condition, sample
 
@@ -33,7 +34,7 @@ def time_stages(
         progress.update()  # after the clock was read
         return taken
 
-    with bar((), "seconds per image", 2 + ROUNDS * len(denoisers), "batch") as progress:
+    with bar((), "seconds per image", 2 + ROUNDS * len(denoisers), "batch", phase=MEASURING) as progress:
         seconds(0, 1)
         evaluation = seconds(0, 1)
         most = max(1, int(min(1e9, BUDGET / ROUNDS / len(denoisers) / max(evaluation, 1e-6))))

@@ -80,7 +80,7 @@ def train_classifier(
     if data.labels is None:
         raise UserError(
             f"metrics=classifier needs labels, and {data.name} has none: put the images into one sub-folder per "
-            f"class, or use metrics=inception or metrics=none"
+            f"class, or use metrics=auto, metrics=inception or metrics=none"
         )
     updates = min(max_updates, epochs * -(-len(data.images) // batch_size))
     recipe = f"classifier-2-{updates}-{batch_size}-{learning_rate}-{data.fingerprint}"

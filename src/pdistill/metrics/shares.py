@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pdistill.bars import bar
+from pdistill.display import MEASURING
 from pdistill.errors import UserError
 from pdistill.processes import gather, is_main, rank, world_size
 
@@ -22,7 +23,7 @@ def my_batches(total: int, batch_size: int, title: str) -> Iterator[range]:
     """
     first = rank() if world_size() > 1 else 0
     starts = range(0, total, batch_size)[first :: world_size()]
-    for start in bar(starts, title, unit="batch"):
+    for start in bar(starts, title, unit="batch", phase=MEASURING):
         yield range(start, min(start + batch_size, total))
 
 

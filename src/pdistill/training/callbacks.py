@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from pdistill import processes
+from pdistill import display, processes
 from pdistill.errors import Interrupted, UserError
 from pdistill.training.nonfinite import Skips
 
@@ -140,6 +140,7 @@ class TrainingLog(PerUpdate):
         }
         if self.skips is not None:
             values["skipped_updates"] = self.skips.total
+        display.tell(loss=float(values["loss"]), images_per_second=values["images_per_second"])
         values |= {f"loss_by_logsnr/{bin_name(k)}": sums[k] / counts[k] for k in range(8) if counts[k]}
         for logger in trainer.loggers:
             logger.log_metrics({f"{self.prefix}/{k}": float(v) for k, v in values.items()}, step=update)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from lightning import LightningModule, Trainer
 
-from pdistill import processes
+from pdistill import display, processes
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import write_json
@@ -98,6 +98,7 @@ class MetricWhileTraining(WhileTraining):
 
     def look(self, trainer: Any, denoiser: Denoiser, update: int, file: Path) -> None:
         value = self.metric.measure(denoiser, self.num_steps, trainer.strategy.root_device)
+        display.tell(metric=(self.metric.name, value))
         if processes.is_main():
             for logger in trainer.loggers:
                 logger.log_metrics({f"{self.watch.prefix}/{self.metric.name}": value}, step=update)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.loggers import Logger
 
 from pdistill import processes
@@ -61,7 +62,7 @@ class FitSettings:
     max_batch_per_device: int | None = None
     """More images than this are taken in several parts, their gradients added up; None: no limit."""
     progress_bar: bool = True
-    """Whether a bar counts the updates."""
+    """Whether a bar counts the updates, unless one of Lightning's is among the callbacks."""
 
 
 def fit(module: DenoisingModule, data: ImageDataModule | ImageSet, settings: FitSettings) -> Denoiser:
@@ -86,7 +87,7 @@ def fit(module: DenoisingModule, data: ImageDataModule | ImageSet, settings: Fit
         callbacks.append(MetricWhileTraining(watch, settings.metric, settings.num_steps))
     if settings.draw is not None and settings.draw_every_n_updates:
         callbacks.append(Film(Watch(directory, settings.prefix, settings.draw_every_n_updates), settings.draw))
-    if settings.progress_bar:
+    if settings.progress_bar and not any(isinstance(callback, LightningBar) for callback in settings.callbacks):
         callbacks.append(ProgressBar(settings.prefix))
     callbacks.append(ResumableCheckpoint(path, settings.checkpoint_every_n_updates, log))
     with quietly():

@@ -1,4 +1,4 @@
-"""The training bar."""
+"""Training in the display: `pdistill.display`, or alone a bar."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 
 from pdistill.bars import Bar, bar
+from pdistill.display import TRAINING
 
 
 class ProgressBar(LightningBar):
@@ -28,7 +29,7 @@ class ProgressBar(LightningBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins at the update that the checkpoint stood at."""
         if self.enabled:
-            options: Any = {"initial": trainer.global_step, "leave": True}
+            options: Any = {"initial": trainer.global_step, "leave": True, "phase": TRAINING}
             self.bar = bar((), self.description, trainer.max_steps, "update", **options)
 
     def on_train_batch_end(
