@@ -65,6 +65,7 @@ def test_bad_folders_are_told_in_a_line(told, tmp_path, monkeypatch):
         f"{tmp_path}/words": "passed over 1 files that are no pictures (1 .txt)",
         "nowhere": "Could not find 'dataset/nowhere'",
     }
+    err = ""
     for value, words in expected.items():
         status, err = told("distill.py", "experiment=demo", f"dataset={value}")
         assert status == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1, err
