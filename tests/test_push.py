@@ -111,7 +111,7 @@ def test_metrics_of_other_weights_do_not_enter(run_of_tiny, tiny, capsys):
     push.main(["outputs/run", ID, "--dry-run"])
     card = ModelCard(capsys.readouterr().out)
     assert [r.metric_value for r in card.data.eval_results] == [9.0]
-    assert "9.000" in card.text and "7.000" not in card.text and "5.000" not in card.text
+    assert "9.00" in card.text and "7.00" not in card.text and "5.00" not in card.text
     write_evaluation(run, [])
     push.main(["outputs/run", ID, "--stage", "steps-0002", "--dry-run"])
     told = capsys.readouterr()

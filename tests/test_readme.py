@@ -50,9 +50,13 @@ OTHERS = (
     "cp <",
     "python3 -m pip install",
 )
-DRAWINGS = {"architecture.md": 2}  # blocks that are neither commands nor code
+DRAWINGS = {"architecture.md": 3}  # blocks that are neither commands nor code
 RUN_ELSEWHERE = {"extending.md": "test_extending.py", "quickstart.md": "test_notebook.py"}
-COMPILED = {"teachers.md": "test_text.py", "guidance.md": "test_guidance.py"}  # with the test of what they show
+COMPILED = {
+    "teachers.md": "test_text.py",
+    "play.md": "test_play.py",
+    "guidance.md": "test_guidance.py",
+}  # with the test of what they show
 OF_EXTENDING = ("--config-dir", "imports=")  # commands with parts of docs/extending.md, which test_extending.py runs
 
 

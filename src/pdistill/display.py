@@ -93,9 +93,8 @@ class Display:
         if bar.options.get("phase") != self.part.phase or not bar.total:
             return
         before, self.share, self.now = self.share, bar.done / bar.total, bars.time.monotonic()
-        if (
-            self.begun is None or self.share < before
-        ):  # the first item, which also waits until all is ready, is in no rate
+        is_first = self.begun is None or self.share < before
+        if is_first:  # it also waits until all is ready, and is in no rate
             self.begun = self.now, self.share
 
     def _present(self) -> _Rate:

@@ -37,7 +37,7 @@ def of_distillation(job: Job, plan: Plan) -> Display:
         stages += [(stage.name, stage.num_steps), *((f"steps-{n:04d}", n) for n in stage.counts)]
     parts = []
     for name, num_steps in stages:
-        parts += [Part(name, TRAINING, images[name])] * (name in images)
+        parts += [Part(name, TRAINING, images[name])] if name in images else []
         parts += _finishing(job, name, num_steps)
     counts = [num_steps for _, num_steps in stages]
     parts += [*_curve(settings, AFTERWARDS), _timing(counts), Part(AFTERWARDS, EXPORTING, 0)]
