@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clock import Clock
 from forked import Command
 
 from pdistill.files import locked, whole_directory
@@ -28,6 +29,16 @@ def pytest_xdist_auto_num_workers() -> int:
     """What `pytest -n auto` starts: one worker for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """That of bars and of the display."""
+    from pdistill import bars
+
+    clock = Clock()
+    monkeypatch.setattr(bars, "time", clock)
+    return clock
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from clock import Clock
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
@@ -17,23 +18,6 @@ from pdistill.interop.diffusers import Pipeline
 from pdistill.metrics import distances
 from pdistill.metrics.shares import my_batches
 from pdistill.sampling import Draw, generate
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(bars, "time", clock)
-    return clock
 
 
 @pytest.fixture
@@ -104,7 +88,7 @@ def test_a_bar_within_another_moves_that_one_and_is_not_shown(clock, log):
 @pytest.fixture
 def talkative(monkeypatch) -> None:
     """A line at every update, and after the shortest work."""
-    for seconds in ("SECONDS_TO_APPEAR", "SECONDS_TO_FIRST_LINE", "SECONDS_BETWEEN_LINES"):
+    for seconds in ("SECONDS_TO_APPEAR", "SECONDS_TO_FIRST_LINE", "SECONDS_BETWEEN_LINES", "SLOWER"):
         monkeypatch.setattr(bars, seconds, 0)
 
 

@@ -12,30 +12,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from clock import Clock
 
-from pdistill import bars, display
+from pdistill import display
 from pdistill.bars import bar
 from pdistill.commands.jobs import _choices_of
-from pdistill.display import AFTERWARDS, MEASURING, SAMPLING, TRAINING, Display, Part, clock
+from pdistill.display import AFTERWARDS, MEASURING, SAMPLING, TRAINING, Display, Part
 
 ROOT = Path(__file__).parent.parent
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def now(monkeypatch) -> Clock:
-    now = Clock()
-    monkeypatch.setattr(bars, "time", now)
-    return now
 
 
 def parts() -> list[Part]:
@@ -46,31 +30,31 @@ def parts() -> list[Part]:
     return [*found, Part(AFTERWARDS, MEASURING, 1e9, most_seconds=20)]
 
 
-def work(now: Clock, phase: str, total: int, seconds_each: float, initial: int = 0) -> None:
+def work(clock: Clock, phase: str, total: int, seconds_each: float, initial: int = 0) -> None:
     with bar((), "work", total, "update", phase=phase, initial=initial, leave=phase == TRAINING) as progress:
         for _ in range(total - initial):
-            now.now += seconds_each
+            clock.now += seconds_each
             progress.update()
 
 
-def run(now: Clock, kind: type[Display] = Display) -> None:
+def run(clock: Clock, kind: type[Display] = Display) -> None:
     """All of it: 0.3 s an update, whatever its passes; an evaluation takes 0.05 s."""
     with kind(parts()):
         for name, images in (("teacher", 300), ("steps-0002", 500), ("steps-0001", 1000)):
             display.begin(name, TRAINING)
             display.tell(loss=0.01234, images_per_second=412.3)
-            work(now, TRAINING, images // 3, 0.3)
+            work(clock, TRAINING, images // 3, 0.3)
             display.begin(name, MEASURING)
-            work(now, MEASURING, 10, 0.5)
+            work(clock, MEASURING, 10, 0.5)
             display.begin(name, SAMPLING)
-            work(now, SAMPLING, 10, 0.05)
+            work(clock, SAMPLING, 10, 0.05)
             display.finished(name, ("fid_classifier", 8.594321), was_done=False)
         display.begin(AFTERWARDS, MEASURING)
-        work(now, MEASURING, 10, 1)
+        work(clock, MEASURING, 10, 1)
 
 
-def test_the_time_left_is_of_passes_and_of_this_sitting(now, capsys):
-    run(now)
+def test_the_time_left_is_of_passes_and_of_this_sitting(clock, capsys):
+    run(clock)
     lines = capsys.readouterr().err.splitlines()
     # 89 updates of 0.3 s, then 110 evaluations at the rate of a pass until one was measured: 26.7 s + 11 s
     assert lines[0] == ("1/3 teacher: training 11%, 11/100 updates, 0:38 left (run 3:50), loss 0.0123, 412 images/s")
@@ -83,34 +67,34 @@ def test_the_time_left_is_of_passes_and_of_this_sitting(now, capsys):
     assert lines[-1].startswith("3/3 all stages: measuring ") and lines[-1].endswith("), fid_classifier 8.594")
 
 
-def test_nearly_right_from_the_first_stage_on(now):
+def test_nearly_right_from_the_first_stage_on(clock):
     said: list[tuple[float, float | None]] = []
 
     class Noted(Display):
         def advanced(self, bar):
             super().advanced(bar)
-            said.append((now.now, self.left()[1]))
+            said.append((clock.now, self.left()[1]))
 
-    run(now, Noted)
-    wrong = [left + at - now.now for at, left in said if left is not None and at < now.now - 30]
-    assert len(wrong) > 400 and max(map(abs, wrong)) < 0.15 * now.now
+    run(clock, Noted)
+    wrong = [left + at - clock.now for at, left in said if left is not None and at < clock.now - 30]
+    assert len(wrong) > 400 and max(map(abs, wrong)) < 0.15 * clock.now
 
 
-def test_after_a_resume_nothing_of_before_is_in_a_rate(now, capsys):
+def test_after_a_resume_nothing_of_before_is_in_a_rate(clock, capsys):
     """Updates 1 to 90 were another sitting's; a finished stage counts, and is not told again."""
     with Display(parts()):
         display.finished("teacher", ("fid_classifier", 9.0), was_done=True)
         display.begin("steps-0002", TRAINING)
-        work(now, TRAINING, 166, 1.0, initial=160)
+        work(clock, TRAINING, 166, 1.0, initial=160)
     first, *_ = capsys.readouterr().err.splitlines()
     # 3 updates to go, 110 + 1110 evaluations and passes after them, all at 166 s for 500
     assert first.startswith("2/3 steps-0002: training 98%, 163/166 updates, ")
     stage, whole = re.findall(r"(\d+:\d+)", first)
-    assert stage == clock(3 + 110 * 166 / 500) and whole == clock(3 + (110 + 1110) * 166 / 500 + 20)
+    assert stage == display.clock(3 + 110 * 166 / 500) and whole == display.clock(3 + (110 + 1110) * 166 / 500 + 20)
     assert first.endswith("fid_classifier 9")
 
 
-def test_the_most_important_fits(now):
+def test_the_most_important_fits(clock):
     os.environ[display.JOB] = "2/6"
     try:
         with Display(parts()) as shown:
@@ -118,7 +102,7 @@ def test_the_most_important_fits(now):
             display.tell(loss=0.01234, images_per_second=1412.3, metric=("fid_classifier", 8.594321))
             progress = bar((), "work", 166, "update", phase=TRAINING)
             for _ in range(16):
-                now.now += 60
+                clock.now += 60
                 progress.update()
             texts = {columns: shown.text(progress, columns) for columns in range(1, 200)}
     finally:
@@ -165,10 +149,10 @@ def drawn(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("columns", [60, 100])
-def test_nothing_wraps_on_a_terminal(now, monkeypatch, columns):
+def test_nothing_wraps_on_a_terminal(clock, monkeypatch, columns):
     for name in ("CI", "TERM"):
         monkeypatch.delenv(name, raising=False)
-    text = on_a_terminal(columns, lambda: run(now), monkeypatch)
+    text = on_a_terminal(columns, lambda: run(clock), monkeypatch)
     assert "\x1b" not in text.replace("\r\x1b[K", "") and max(map(len, drawn(text))) < columns
     stays = [line for line in text.split("\n") if line]
     assert len(stays) == 4 and stays[-1].endswith("\r\x1b[K")  # a line for each stage; the last is erased
@@ -176,32 +160,32 @@ def test_nothing_wraps_on_a_terminal(now, monkeypatch, columns):
 
 
 @pytest.mark.parametrize("environment", [{"CI": "true", "TERM": "xterm"}, {"TERM": "dumb"}])
-def test_a_ci_log_gets_plain_lines(now, monkeypatch, environment):
+def test_a_ci_log_gets_plain_lines(clock, monkeypatch, environment):
     monkeypatch.delenv("CI", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    text = on_a_terminal(80, lambda: run(now), monkeypatch).replace("\r\n", "\n")  # of the terminal's own
+    text = on_a_terminal(80, lambda: run(clock), monkeypatch).replace("\r\n", "\n")  # of the terminal's own
     assert "\r" not in text and "\x1b" not in text
     assert 180 / 10 < len(text.splitlines()) < 220 / 10 + 8
 
 
-def test_long_work_tells_less_often(now, capsys):
+def test_long_work_tells_less_often(clock, capsys):
     with Display([Part("teacher", TRAINING, 1.0)]):
         display.begin("teacher", TRAINING)
-        work(now, TRAINING, 72 * 360, 10.0)
+        work(clock, TRAINING, 72 * 360, 10.0)
     lines = capsys.readouterr().err.splitlines()
     assert 72 * 12 < len(lines) < 72 * 12 + 200  # three days: every five minutes
 
 
-def test_a_run_that_shows_nothing(now, monkeypatch):
+def test_a_run_that_shows_nothing(clock, monkeypatch):
     err = io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
     with Display(parts(), shown=False) as shown:
         display.begin("teacher", TRAINING)
-        work(now, TRAINING, 100, 1.0)
+        work(clock, TRAINING, 100, 1.0)
         shown.say("a line")
     assert err.getvalue() == ""
-    work(now, MEASURING, 100, 1.0)  # of no run
+    work(clock, MEASURING, 100, 1.0)  # of no run
     assert err.getvalue().startswith("work: ")
 
 
@@ -237,7 +221,7 @@ def test_a_notebook_gets_plain_lines():
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     code = (
         "import time\nfrom pdistill import bars, display\nfrom pdistill.bars import bar\n"
-        "bars.SECONDS_TO_FIRST_LINE = bars.SECONDS_BETWEEN_LINES = 0\n"
+        "bars.SECONDS_TO_FIRST_LINE = bars.SECONDS_BETWEEN_LINES = bars.SLOWER = 0\n"
         "with display.Display([display.Part('teacher', display.TRAINING, 10)]) as shown:\n"
         "    display.begin('teacher', display.TRAINING)\n"
         "    for _ in bar(range(4), 'teacher', unit='update', phase=display.TRAINING): time.sleep(0.3)\n"

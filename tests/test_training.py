@@ -263,6 +263,7 @@ def test_the_bar_after_a_resume(denoiser, tmp_path, monkeypatch, capsys):
     stopped(TeacherModule(denoiser, recipe()), tmp_path, 4)
     monkeypatch.setattr(bars, "SECONDS_TO_FIRST_LINE", 0)
     monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(bars, "SLOWER", 0)
     train(TeacherModule(denoiser, recipe()), tmp_path, progress_bar=True, trainer=trainer(2))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("teacher: ")]
     assert any(line.startswith("teacher: 83% 5/6 [00:0") for line in lines)

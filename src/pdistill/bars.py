@@ -145,8 +145,7 @@ class Pace:
 
     def printed(self, now: float) -> None:
         """A line was."""
-        slower = min((now - self.begun) * SLOWER, SLOWEST) if SECONDS_BETWEEN_LINES else 0
-        self.due = now + max(SECONDS_BETWEEN_LINES, slower)
+        self.due = now + max(SECONDS_BETWEEN_LINES, min((now - self.begun) * SLOWER, SLOWEST))
 
 
 class _View:

@@ -3,7 +3,7 @@
 import torch
 
 from pdistill.commands import estimate
-from pdistill.commands.job import Job
+from pdistill.commands.job import GRID_IMAGES, Job
 from pdistill.commands.preflight import Plan
 from pdistill.commands.settings import Train
 from pdistill.commands.timing import BATCH, BUDGET, ROUNDS
@@ -12,7 +12,6 @@ from pdistill.display import AFTERWARDS, EXPORTING, MEASURING, SAMPLING, TRAININ
 from pdistill.processes import is_main
 from pdistill.steps import CONVERTED, GUIDED
 
-GRID_IMAGES = 64  # of samples.png
 TEACHER_PASSES, USUAL_PASSES = 3, 5  # of an update: with gradients three, and two of the teacher's
 
 

@@ -40,10 +40,11 @@ def with_folders(words: list[str]) -> list[str]:
     That is dataset=image_folder dataset.path=<folder or zip>. A path begins with /, ~ or ., or it is there and
     holds a /, ends in .zip, or is no choice of the group.
     """
+    own_choices = any(word.startswith(("--config", "-cd", "hydra.")) for word in words)
     found = []
     for word in words:
         value = word.removeprefix("dataset=").strip("\"'") if word.startswith("dataset=") else ""
-        if not _is_path(value, own_choices=any(word.startswith(("--config", "-cd", "hydra.")) for word in words)):
+        if not _is_path(value, own_choices):
             found.append(word)
             continue
         escaped = value.replace("'", "\\'")

@@ -33,14 +33,8 @@ COMPOSED = ("train", "distill", "evaluate", "sample", "estimate")  # by Hydra, f
 # How long an OpenMP thread spins before it sleeps. By default for good, so that training beside busy processes stalls;
 # measured by benchmarks/busy.py, which also shows that the weights stay the same to the byte.
 SPIN_COUNT = "10000"
-PLAIN = (
-    "status",
-    "report",
-    "sweep",
-    "export",
-    "push",
-    "play",
-)  # of what is finished: `pdistill report outputs/a outputs/b`
+# Of what is finished: `pdistill report outputs/a outputs/b`
+PLAIN = ("status", "report", "sweep", "export", "push", "play")
 
 
 def main() -> None:

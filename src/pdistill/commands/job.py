@@ -22,6 +22,8 @@ from pdistill.training.logger import closing
 from pdistill.training.module import Recipe
 from pdistill.training.settings import Execution, Optimization
 
+GRID_IMAGES = 64  # of every stage's samples.png
+
 
 @dataclass
 class Job:

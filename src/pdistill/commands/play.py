@@ -1,5 +1,6 @@
 """`pdistill play outputs/demo`: a local page on which a teacher and its students draw side by side."""
 
+import errno
 import importlib.util
 import os
 import socket
@@ -68,7 +69,7 @@ def free_port(host: str, asked: int | None) -> int:
         raise UserError(
             f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} is free on {host}: give --port"
         ) from error
-    why = "is taken" if error.errno == 98 else f"cannot be had ({error.strerror})"
+    why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
     raise UserError(f"--port={asked} of {host} {why}: give another one, or leave it out") from error
 
 

@@ -17,7 +17,7 @@ from pdistill import display
 from pdistill.bars import bar
 from pdistill.commands import announce
 from pdistill.commands.denoisers import check_stable, new_denoiser
-from pdistill.commands.job import Job, opened
+from pdistill.commands.job import GRID_IMAGES, Job, opened
 from pdistill.commands.preflight import check_batches, planned
 from pdistill.commands.settings import Distill, Train
 from pdistill.commands.teachers import images_of, predicting
@@ -246,10 +246,10 @@ def _metric_of(job: Job, row: dict[str, Any]) -> tuple[str, float] | None:
 
 def _grid(job: Job, denoiser: Denoiser, num_steps: int) -> list[torch.Tensor]:
     """The images (C, H, W) of samples.png, drawn by all processes together: many steps take long."""
-    mine = range(rank(), announce.GRID_IMAGES, world_size())
+    mine = range(rank(), GRID_IMAGES, world_size())
     drawn = generate(denoiser, mine, Draw(num_steps, job.settings.seed), job.device)
     parts = gather([image for batch in drawn for image in batch.cpu()])
-    return [parts[i % len(parts)][i // len(parts)] for i in range(announce.GRID_IMAGES)]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(GRID_IMAGES)]
 
 
 def _time(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
