@@ -253,8 +253,8 @@ def finish(command: str, sweep: Path, complaint: str | None) -> None:
     results: list[Any] = [read_json(path) for path in sorted(folder.glob("*.json"))]
     try:
         if results and command in ("train", "distill"):
-            runs = {result["name"]: result for result in results}  # a search may try the same twice
-            table.finish([table.Job.of_result(result) for result in runs.values()])
+            runs = {job.name: job for job in table.results_in(folder)}  # a search may try the same twice
+            table.finish(list(runs.values()))
         elif failed := [f"{k} ({result['error']})" for k, result in enumerate(results) if result["error"]]:
             raise UserError(f"{len(failed)} of {len(results)} jobs failed: {', '.join(failed)}")
     except UserError as error:

@@ -242,7 +242,7 @@ def flat(cfg: DictConfig) -> dict[str, str]:
 
 
 def _flat(config: dict[str, Any]) -> dict[str, str]:
-    unused = () if "teacher" in config else ("distillation",)  # of a run that trains a teacher alone
+    unused = () if "teacher" in config else ("distillation", "method")  # of a run that trains a teacher alone
     return choices.flat({k: v for k, v in config.items() if k not in (*UNCOMPARED, *unused)})
 
 

@@ -80,6 +80,7 @@ class Train(Execution):
     callbacks: Any = None
     logger: Any = None
     steps: Steps = field(default_factory=Steps)
+    method: Any = MISSING
     metrics: Metrics = field(default_factory=Metrics)
     trainer: Any = MISSING
     training: Training = field(default_factory=Training)
@@ -120,7 +121,6 @@ class Distill(Train):
     ignores the label."""
     guiding: Guiding = field(default_factory=Guiding)
     lora: Lora = field(default_factory=Lora)
-    method: Any = MISSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
