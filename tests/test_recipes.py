@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from smoke_losses import read_losses
 
+from pdistill.commands.settings import settings_of
 from pdistill.commands.sweep import PAPER_CIFAR10
 from pdistill.errors import UserError
 from pdistill.steps import stages
@@ -90,6 +91,18 @@ def test_recipe(experiment):
     header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     assert f"{millions:.1f}" == re.search(r"([\d.]+) M parameters", header)[1]
+
+
+@pytest.mark.parametrize("experiment", ["best", "demo"])
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_the_recommended_recipe_is_one_stage_for_all_step_counts(command, experiment):
+    """Its teacher may be trained alone, by the same words."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = settings_of(compose(command, ["name=test", f"experiment={experiment}"]))
+    method = instantiate(settings.method)
+    (stage,) = method.stages(settings.steps)
+    assert stage.counts == (8, 4, 2, 1) and stage.grid == 32
+    assert settings.weighting["_target_"] == "pdistill.weighting.min_snr_plus_one"
 
 
 def test_the_ablation_is_the_recipe_at_1024_steps():
