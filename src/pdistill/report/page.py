@@ -20,6 +20,7 @@ from pdistill.report.runs import (
     Frame,
     check,
     curves_of,
+    drawn_once,
     evaluation_of,
     film_of,
     finite,
@@ -79,7 +80,7 @@ def render(file: Path, **content: object) -> None:
 
 def _of_one(directory: Path, run: dict) -> dict[str, object]:
     """The first screen of one run."""
-    rows = rows_of(directory)
+    rows = drawn_once(rows_of(directory))
     metric = run["metric"]
     shown = [(row, directory / row["stage"] / "samples.png") for row in some(rows)]
     strips = [(tables.title(row), number(row.get(metric)), strip(grid)) for row, grid in shown if grid.exists()]
@@ -142,8 +143,8 @@ def _of_run(directory: Path, name: str) -> dict[str, object]:
     metric = next(iter(metric_keys(rows)), None)
     of_evaluation, curves = tables.curves(evaluated)
     losses = losses_of(directory)
-    by_seconds = _students_and_teacher(rows, lambda row: finite(row.get("seconds_per_image")))
-    grids = [(tables.title(row), directory / row["stage"] / "samples.png") for row in rows]
+    by_seconds = _students_and_teacher(drawn_once(rows), lambda row: finite(row.get("seconds_per_image")))
+    grids = [(tables.title(row), directory / row["stage"] / "samples.png") for row in drawn_once(rows)]
     films = [(tables.title(row), frames) for row in rows if len(frames := film_of(directory, row)) > 1]
     neighbours = directory / "neighbours.png"
     return {

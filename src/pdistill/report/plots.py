@@ -14,7 +14,7 @@ from pdistill.files import whole
 from pdistill.metrics.curve import Curves
 from pdistill.report import tables
 from pdistill.report.pictures import strip
-from pdistill.steps import is_student
+from pdistill.report.runs import drawn_once
 
 LEGEND = 90  # characters that fit beside each other
 COLUMNS = 12  # seeds on the comparison sheet
@@ -84,13 +84,8 @@ def plot(curves: Curves, metric: str, path: Path) -> None:
 
 
 def comparison_sheet(directory: Path, rows: list[dict], columns: int = COLUMNS) -> None:
-    """comparison.png from the stages' grids: a row for each step count, a column for each seed.
-
-    A student of several step counts draws what its fused students draw, and has a row where these have none.
-    """
-    fused = {row["num_steps"] for row in rows if is_student(row["stage"])}
-    shown = [row for row in rows if not (row["stage"].startswith("parallel-") and row["num_steps"] in fused)]
-    grids = [(row, directory / row["stage"] / "samples.png") for row in shown]
+    """comparison.png from the stages' grids: a row for each step count, a column for each seed."""
+    grids = [(row, directory / row["stage"] / "samples.png") for row in drawn_once(rows)]
     strips = [(row, strip(grid, columns)) for row, grid in grids if grid.exists()]
     if not strips:
         return

@@ -56,6 +56,12 @@ def rows_of(directory: Path) -> list[dict]:
     return sorted(rows, key=place_in_table)
 
 
+def drawn_once(rows: list[dict]) -> list[dict]:
+    """The stages without a student of several step counts where its fused one draws the same."""
+    fused = {row["num_steps"] for row in rows if is_student(row["stage"])}
+    return [row for row in rows if not (row["stage"].startswith("parallel-") and row["num_steps"] in fused)]
+
+
 def is_row(row: object) -> bool:
     """Whether it can be the row of a stage."""
     known = isinstance(row, dict) and isinstance(row.get("stage"), str) and is_count(row.get("num_steps"))
