@@ -29,7 +29,8 @@ def test_sigkill_at_random_moments(chain, method):
         process = chain.start(home, method)
         while process.ended(moments.uniform(0, 1.1 * seconds)) is None and kills + killed < KILLS:
             process.kill()
-            assert process.ended() == -signal.SIGKILL
+            if process.ended() != -signal.SIGKILL:  # it ended in that moment
+                break
             assert kept(stages, finished(directory))
             killed, stages = killed + 1, finished(directory)
             process = chain.start(home, method)
