@@ -107,6 +107,21 @@ def test_a_finished_teacher_is_trained_on_under_another_name(run, told, smoke, w
     assert 0 < moved < 1  # one update away, not a fresh network
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_configuration_begins_again(run, told, workplace):
+    directory = workplace / "outputs" / "early"
+    directory.mkdir(parents=True)
+    (directory / "run.json").write_text('{"version": "0.2.0", "data": "of another command"}')
+    (directory / ".config.yaml.1.partial").touch()
+    words = ("train.py", "experiment=smoke", "training.updates=1", "metrics=none", "name=early")
+    status, _, err = run(*words)
+    assert status == 0, err
+    assert sorted(p.name for p in directory.glob(".*")) == []
+    assert json.loads((directory / "run.json").read_text())["data"] != "of another command"
+    (directory / "config.yaml").unlink()  # now it holds a teacher, whosever that is
+    status, err = told(*words)
+    assert status == 2 and "is no run of pdistill (no config.yaml)" in err and err.count("\n") == 1
+
+
 def test_runs_of_version_0_1_0(told, workplace):
     """A finished one is finished; an unfinished one is refused in a line that names the version."""
     old = workplace / "outputs" / "old"

@@ -126,12 +126,18 @@ def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
     that is no run, holds one with another configuration or teacher, or an unfinished one of another version.
     """
     directory = directory_of(str(cfg.name), cfg.output_root)
-    if cfg.overwrite or not directory.exists():
+    if cfg.overwrite or not directory.exists() or _is_not_begun(directory):
         return directory, False
     finished = (directory / result).exists()
     if is_main():
         _check_same(cfg, directory, finished)
     return directory, finished
+
+
+def _is_not_begun(directory: Path) -> bool:
+    """Whether it is empty, or holds what a run leaves that was killed before it wrote its configuration."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else ["a file"]
+    return all(name == "run.json" or (name.startswith(".") and name.endswith(".partial")) for name in names)
 
 
 def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
@@ -259,7 +265,7 @@ class Writing:
         if not is_main():
             return
         teacher = digest_of_denoiser(cfg.get("teacher"), cfg.get("teacher_revision"))
-        if not cfg.overwrite:
+        if not cfg.overwrite and (directory / "config.yaml").exists():
             check_data(directory, data)
             _check_teacher(directory, cfg.get("teacher"), teacher)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +281,7 @@ class Writing:
         os.register_at_fork(after_in_child=self.close)  # those that make batches outlive a killed process for a while
         directory.mkdir(exist_ok=True)
         remove_partial(directory)
-        if not (directory / "run.json").exists():
+        if not all((directory / file).exists() for file in ("run.json", "config.yaml")):
             hydra = HydraConfig.get() if HydraConfig.initialized() else None
             write_json(
                 directory / "run.json",
