@@ -107,7 +107,7 @@ def test_a_finished_teacher_is_trained_on_under_another_name(run, told, smoke, w
     assert 0 < moved < 1  # one update away, not a fresh network
 
 
-def test_a_run_that_was_killed_before_it_wrote_its_configuration_begins_again(run, told, workplace):
+def test_a_run_that_was_killed_at_an_odd_moment_goes_on(run, told, workplace):
     directory = workplace / "outputs" / "early"
     directory.mkdir(parents=True)
     (directory / "run.json").write_text('{"version": "0.2.0", "data": "of another command"}')
@@ -115,8 +115,13 @@ def test_a_run_that_was_killed_before_it_wrote_its_configuration_begins_again(ru
     words = ("train.py", "experiment=smoke", "training.updates=1", "metrics=none", "name=early")
     status, _, err = run(*words)
     assert status == 0, err
-    assert sorted(p.name for p in directory.glob(".*")) == []
     assert json.loads((directory / "run.json").read_text())["data"] != "of another command"
+    for file in ("summary.json", "teacher/metrics.json"):  # as if killed while the trained teacher was drawn
+        (directory / file).unlink(missing_ok=True)
+    (directory / "teacher" / ".denoiser.1.replaced").mkdir()
+    (directory / "teacher" / "film" / ".0000001.png.1.partial").touch()
+    status, _, err = run(*words)
+    assert status == 0 and not list(directory.rglob(".*")), err
     (directory / "config.yaml").unlink()  # now it holds a teacher, whosever that is
     status, err = told(*words)
     assert status == 2 and "is no run of pdistill (no config.yaml)" in err and err.count("\n") == 1

@@ -55,8 +55,8 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 
 
 def remove_partial(directory: Path) -> None:
-    """Removes what killed processes left half written of a stage and its film, or of a run and its stages."""
-    for path in [*directory.glob(".*.partial"), *directory.glob("*/.*.partial")]:
+    """Removes what killed processes left in a directory and below it: half written, or replaced and not yet deleted."""
+    for path in [*directory.rglob(".*.partial"), *directory.rglob(".*.replaced")]:
         if path.is_file():
             path.unlink(missing_ok=True)
         else:
