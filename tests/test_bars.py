@@ -138,6 +138,7 @@ def test_a_few_large_photos_do_not_stand_still(log, talkative, monkeypatch, tmp_
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(clock, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
     controller, terminal = os.openpty()
     with os.fdopen(terminal, "w") as screen:
         monkeypatch.setattr(sys, "stderr", screen)
