@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_training import Numbered, StopAt, settings, weights
 
 from pdistill import Denoiser, ddim_step, sample
+from pdistill.commands import timing
 from pdistill.errors import Interrupted, UserError
 from pdistill.heads import Heads, blocks, first_heads, fused, grown, ratios_of
 from pdistill.interop import export
@@ -262,3 +263,9 @@ def test_bad_input(told, tmp_path, tiny, smoke):
     again = copy.deepcopy(student)
     with pytest.raises(UserError, match=r"start steps\.plan at 8"):
         grown(again, 16, (4,))
+
+
+def test_of_its_steps_a_part_is_timed_where_a_machine_is_slow(tiny, monkeypatch):
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+    (row,) = timing.time_stages([grown(tiny(), 8, (4, 2))], [4], torch.device("cpu"))  # in one step it cannot be drawn
+    assert row["timed_steps"] == 1 and row["seconds_per_image"] > 0

@@ -26,10 +26,11 @@ def time_stages(
     longer than its share of 20 seconds is timed for `timed_steps` of its steps, and the seconds are scaled up.
     """
     inputs = [_inputs(denoiser, device) for denoiser in denoisers]
+    sampled = [denoiser.for_steps(n) for denoiser, n in zip(denoisers, num_steps, strict=True)]
 
     def seconds(k: int, steps: int) -> float:
         start = time.perf_counter()
-        sample(denoisers[k], inputs[k][0], steps, inputs[k][1]).sum().item()
+        sample(sampled[k], inputs[k][0], steps, inputs[k][1]).sum().item()
         taken = time.perf_counter() - start
         progress.update()  # after the clock was read
         return taken
