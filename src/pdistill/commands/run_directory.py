@@ -136,8 +136,8 @@ def find(cfg: DictConfig, result: str) -> tuple[Path, bool]:
 
 def _is_not_begun(directory: Path) -> bool:
     """Whether it is empty, or holds what a run leaves that was killed before it wrote its configuration."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else ["a file"]
-    return all(name == "run.json" or (name.startswith(".") and name.endswith(".partial")) for name in names)
+    left = ("run.json", ".*.partial")
+    return directory.is_dir() and all(any(path.match(name) for name in left) for path in directory.iterdir())
 
 
 def _check_same(cfg: DictConfig, directory: Path, finished: bool) -> None:
