@@ -25,7 +25,9 @@ FIRST_UPDATE = """
 import os, sys
 sys.argv = ["pdistill", *sys.argv[1:]]
 from pdistill.commands.cli import main
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from pdistill.lazy import quick_imports
+with quick_imports():
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(lambda *step: os._exit(0))
 main()
 """

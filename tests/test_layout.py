@@ -24,6 +24,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
     # Settings are plain dataclasses, which whoever is configured by them may name.
     (
         "errors",
+        "lazy",
         "faults",
         "files",
         "reading",
@@ -261,11 +262,41 @@ def test_configuration_stops_in_commands():
     ],
 )
 def test_what_an_import_brings(modules, unwanted):
-    code = f"import sys, {', '.join(modules.split())}; print(*sorted(set({unwanted.split()}) & set(sys.modules)))"
+    brought = _printed(f"import {', '.join(modules.split())}\n{_FOUND.format(unwanted.split())}")
+    _none([f"import {modules} brings {name}" for name in brought.split()])
+
+
+def test_what_a_training_imports():
+    brought = _printed(f"{_QUICK}\n{_FOUND.format(['transformers', 'scipy.signal', 'peft'])}")
+    _none([f"a training imports {name}" for name in brought.split()])
+
+
+def test_packages_imported_lazily_are_whole_for_who_asks():
+    asked = """
+import gc
+import diffusers, lightning, torchmetrics
+from diffusers.models.unets import UNet1DModel
+from diffusers.quantizers import PipelineQuantizationConfig
+from torchmetrics import Accuracy, Metric
+from torchmetrics.image import StructuralSimilarityIndexMeasure
+from pdistill.unets import UNet2DModel
+same = lightning.pytorch.core.module.Metric is torchmetrics.metric.Metric is Metric
+print(gc.isenabled(), same, issubclass(Accuracy, Metric), issubclass(StructuralSimilarityIndexMeasure, Metric))
+print(diffusers.UNet2DModel is UNet2DModel, torchmetrics.functional.accuracy.__name__, torchmetrics.__version__ > "1")
+"""
+    assert _printed(_QUICK + asked) == "True True True True\nTrue accuracy True\n"
+
+
+_FOUND = "import sys; print(*sorted(set({}) & set(sys.modules)))"
+_QUICK = "from pdistill.lazy import quick_imports\nwith quick_imports(): import pdistill.commands.stages"
+
+
+def _printed(code: str) -> str:
+    """By a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
-    _none(done.stderr.splitlines()[-1:] if done.returncode else [])
-    _none([f"import {modules} brings {name}" for name in done.stdout.split()])
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 def test_public_names():

@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 from pdistill.commands import launching, run_directory
 from pdistill.commands.recipe import read_recipe
 from pdistill.commands.settings import Distill, settings_of
+from pdistill.lazy import quick_imports
 from pdistill.processes import is_main
 
 
@@ -18,9 +19,8 @@ def main(cfg: DictConfig) -> float | None:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
         launching.check_trainer(settings.trainer)
-        from pdistill.commands.stages import (
-            distill,  # torch and what it imports: seconds that a finished run need not wait
-        )
+        with quick_imports():  # torch and what it imports: seconds that a finished run need not wait
+            from pdistill.commands.stages import distill
 
         distill(settings, cfg, directory)
     if is_main():

@@ -30,12 +30,14 @@ from pdistill.display import JOB
 from pdistill.errors import Interrupted, UserError, first_line
 from pdistill.faults import in_words
 from pdistill.files import locked, read_json, write_json
+from pdistill.lazy import quick_imports
 from pdistill.processes import is_main
 from pdistill.registry import import_parts
 
 COUNTS = "PDISTILL_SWEEP_COUNTS"  # of a sweep: how many values each of its keys has, as JSON
 SWEEP = "PDISTILL_SWEEP"  # of a sweep's jobs, in whatever process: the directory of their results
 STARTED_BY = "PDISTILL_SWEEP_PID"
+IMPORT_LATER = ("train", "distill")  # torch, and only for a run that is not finished
 NOT_ENDED = "its process ended before it did"
 # Hydra finds that a launcher's keys in conf/ are those of its plugin: as they should be.
 warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -47,7 +49,9 @@ def job(command: str) -> Callable[[DictConfig], float | None]:
     def run(cfg: DictConfig) -> float | None:
         import_parts(cfg.get("imports") or [])
         with in_words(command, "use a smaller batch_size, or a device with more"):
-            return importlib.import_module(f"pdistill.commands.{command}").main(cfg)
+            with contextlib.nullcontext() if command in IMPORT_LATER else quick_imports():
+                module = importlib.import_module(f"pdistill.commands.{command}")
+            return module.main(cfg)
 
     return run
 

@@ -4,6 +4,7 @@ from omegaconf import DictConfig
 
 from pdistill.commands import launching, run_directory
 from pdistill.commands.settings import Train, settings_of
+from pdistill.lazy import quick_imports
 from pdistill.processes import is_main
 
 
@@ -15,9 +16,8 @@ def main(cfg: DictConfig) -> float | None:
         print(f"{directory} is finished; overwrite=true would run it again")
     else:
         launching.check_trainer(settings.trainer)
-        from pdistill.commands.stages import (
-            train,  # torch and what it imports: seconds that a finished run need not wait
-        )
+        with quick_imports():  # torch and what it imports: seconds that a finished run need not wait
+            from pdistill.commands.stages import train
 
         train(settings, cfg, directory)
     if is_main():
