@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from test_training import PLAIN, STAGE, StopAt, new_denoiser, recipe, train
 
 from pdistill import __version__, heads, lora
-from pdistill.commands import run_directory
+from pdistill.commands import job, run_directory
 from pdistill.commands.settings import conf
 from pdistill.errors import Interrupted, UserError
 from pdistill.files import write_json
@@ -233,6 +233,17 @@ def test_networks_and_machines_that_cannot(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         execution.check(Execution(compile=True), torch.nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("precision", "known", "lines"), [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), (32, False, 0)]
+)
+def test_bfloat16_without_instructions_is_said(monkeypatch, capsys, precision, known, lines):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known)
+    trainer = Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)
+    capsys.readouterr()
+    job.warn_of_emulation(trainer)
+    assert capsys.readouterr().out.count("trainer.precision=bf16-mixed takes several times as long") == lines
 
 
 def test_a_key_that_a_run_is_older_than_has_its_default(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -55,8 +55,9 @@ def lazily(package: str, names: Mapping[str, object]) -> None:
     def attribute(name: str) -> object:
         home = names.get(name)
         if isinstance(home, str):
-            return getattr(importlib.import_module(f"{package}.{home}"), name)
-        if home is not None:
+            with suppress(ImportError, AttributeError):  # of a version that has it elsewhere
+                return getattr(importlib.import_module(f"{package}.{home}"), name)
+        elif home is not None:
             return home
         if name.startswith("__") and name != "__all__":  # of which Python asks any module
             raise AttributeError(f"module {package!r} has no attribute {name!r}")

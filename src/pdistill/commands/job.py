@@ -17,6 +17,7 @@ from pdistill.dataset import ImageSet
 from pdistill.errors import UserError
 from pdistill.metrics.extractors import build
 from pdistill.metrics.fid import FID
+from pdistill.processes import is_main
 from pdistill.training.fit import quietly, start_processes
 from pdistill.training.logger import closing
 from pdistill.training.module import Recipe
@@ -67,6 +68,16 @@ def trainer_of(settings: Train) -> Trainer:
     return trainer
 
 
+def warn_of_emulation(trainer: Trainer) -> None:
+    """Of bfloat16 where a CPU has no instructions for it (docs/performance.md has what it costs)."""
+    emulated = trainer.strategy.root_device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if is_main() and emulated and str(trainer.precision).startswith("bf16"):
+        print(
+            f"warning: this processor has no instructions for bfloat16, so that trainer.precision={trainer.precision} "
+            "takes several times as long as 32-true"
+        )
+
+
 @contextmanager
 def opened(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) -> Iterator[Job]:
     """Everything that a run holds open, closed again whatever happens; loggers are told how it ended."""
@@ -77,6 +88,7 @@ def opened(settings: Train, cfg: DictConfig, directory: Path, data: ImageSet) ->
     writing = run_directory.Writing(cfg, directory, data.fingerprint)
     trainer = trainer_of(settings)
     start_processes(trainer)
+    warn_of_emulation(trainer)
     if trainer.num_nodes > 1:
         launching.check_shared(directory)
     device = trainer.strategy.root_device
