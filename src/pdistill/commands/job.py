@@ -70,8 +70,9 @@ def trainer_of(settings: Train) -> Trainer:
 
 def warn_of_emulation(trainer: Trainer) -> None:
     """Of bfloat16 where a CPU has no instructions for it (docs/performance.md has what it costs)."""
-    emulated = trainer.strategy.root_device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if is_main() and emulated and str(trainer.precision).startswith("bf16"):
+    asked = trainer.strategy.root_device.type == "cpu" and str(trainer.precision).startswith("bf16")
+    known = torch.backends.mkldnn.is_available()  # whether the processor's instructions are
+    if is_main() and asked and known and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(
             f"warning: this processor has no instructions for bfloat16, so that trainer.precision={trainer.precision} "
             "takes several times as long as 32-true"
