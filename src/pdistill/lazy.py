@@ -1,4 +1,4 @@
-"""Imports of large libraries in half the time: without what they import beside what is used here.
+"""Imports of large libraries in less time: without what they import beside what is used here.
 
 `import lightning` imports torchmetrics for two classes, which imports all its metrics, and torchvision, transformers
 and scipy.signal for those; diffusers does alike. Here such a package's own file is run when somebody asks the package
