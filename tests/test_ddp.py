@@ -291,3 +291,20 @@ def test_one_device_goes_on_where_two_stopped(told, home, capsys):
     train(TeacherModule(new_denoiser(), recipe()), home / "stopped", trainer=trainer(3), callbacks=[seen])
     assert seen.images == {k: list(range(12 * (k - 1), 12 * k)) for k in range(done + 1, 7)}
     assert "devices 2 -> 1, accumulated batches 1 -> 3" in capsys.readouterr().err
+
+
+def test_a_process_among_several_keeps_the_memory_that_it_frees() -> None:
+    """What is allocated again and again is not handed out by the system page by page each time, however large."""
+    script = """
+from resource import RUSAGE_SELF, getrusage
+import torch
+from pdistill import processes
+processes.keep_memory()
+for _ in range(30):  # the heap finds its size in the first ten
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MiB
+    print(getrusage(RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, *_, last = map(int, done.stdout.split())
+    assert last < first / 10

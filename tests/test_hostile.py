@@ -329,6 +329,14 @@ def test_an_npz_neither_runs_nor_bursts(tmp_path):
     assert not marker.exists()
 
 
+def test_an_npy_whose_header_does_not_end(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3, np.uint8))
+    content = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(content.replace(b"(3,)", b"(3,("))
+    with pytest.raises(ValueError, match=r"x\.npy is no array of numbers"):
+        reading.array_of(tmp_path / "x.npy", "uint8", (3,))
+
+
 def test_pictures_within_limits(tmp_path):
     """The header of a PNG may claim 2^31 pixels a side; PostScript would be drawn by another program."""
     png = saved(Image.new("L", (9, 9)), "PNG")

@@ -397,6 +397,9 @@ REFUSED = {
         lambda f: diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(f / "scheduler"),
         "its scheduler is of flow matching",
     ),
+    "no blocks": (edit("vae/config.json", block_out_channels=3), "tell no size of images (TypeError"),
+    "no size": (edit(UNET_FILE, sample_size="=1+1"), "tell no size of images ("),
+    "a giant": (edit(UNET_FILE, sample_size=2**31), "have more than 201,326,592 numbers"),
     "no UNet of text": (edit(UNET_FILE, _class_name="UNet2DModel"), "what text conditions is a UNet2DConditionModel"),
 }
 
@@ -409,6 +412,20 @@ def test_refused_by_name(place, tmp_path, case):
     with pytest.raises(UserError) as error:
         load_diffusers_teacher(folder)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_tokens_of_a_prompt(place, tmp_path):
+    """A tokenizer without a limit takes the text encoder's; one whose limit is no number of tokens is refused."""
+    folder = shutil.copytree(place / "v", tmp_path / "teacher")
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    told, codec = json.loads(file.read_text()), load_diffusers_teacher(place / "v").codec
+    for length in (None, 10**30):
+        file.write_text(json.dumps(told | {"model_max_length": length}))
+        assert torch.equal(load_diffusers_teacher(folder).codec.embed(["a zero"]), codec.embed(["a zero"]))
+    for length in (1.5, -1):
+        file.write_text(json.dumps(told | {"model_max_length": length}))
+        with pytest.raises(UserError, match=f"tokenizer says model_max_length={length}: copy"):
+            load_diffusers_teacher(folder).codec.embed(["a zero"])
 
 
 def test_bad_input(place, told, smoke_denoiser, tmp_path):

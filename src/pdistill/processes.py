@@ -4,6 +4,7 @@ Processes are started by torchrun, by a cluster's launcher (srun, mpirun, jsrun)
 not at all. Before torch.distributed is initialised the launcher's environment says who is who; afterwards torch does.
 """
 
+import ctypes
 import os
 import sys
 import threading
@@ -182,6 +183,21 @@ def _look(children: "Sequence[subprocess.Popen[Any]]") -> None:
     for child in children:
         child.kill()
     os._exit(1)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_memory() -> None:
+    """Lets this process keep what it frees, so that the next update finds it: with glibc, else nothing happens.
+
+    Where processes exchange gradients these lie in buckets, which were made first. So the end of the heap is free after
+    each update, goes back to the system, and is handed out again page by page (`benchmarks/scaling.py`).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def device_of(name: str) -> "torch.device":

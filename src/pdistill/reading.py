@@ -103,7 +103,9 @@ def array_of(path: Path, dtype: str, shape: Sequence[int | None]) -> "np.ndarray
     regular(path)
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # which, unlike reading, allocates nothing
-    except (EOFError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:  # of the header
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever numpy's reading of the header meets: tokens, syntax, numbers, depth, memory
         raise ValueError(f"{path.name} is no array of numbers ({type(error).__name__})") from error
     fits = isinstance(mapped, np.ndarray) and mapped.dtype == dtype and mapped.ndim == len(shape)
     if not fits or any(want not in (None, have) for want, have in zip(shape, mapped.shape, strict=True)):

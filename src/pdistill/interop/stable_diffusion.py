@@ -158,13 +158,21 @@ class Codec:
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=self._length,
             truncation=True,
             return_tensors="pt",
         )
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(device) if masked else None
         return encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+
+    @property
+    def _length(self) -> int:
+        """L, the tokens of a prompt. Raises UserError where the tokenizer's files say none."""
+        length = self.tokenizer.model_max_length
+        if type(length) is not int or length < 1:
+            raise UserError(f"{self.folder / 'tokenizer'} says model_max_length={length!r}: copy the folder again")
+        return min(length, self.text_encoder.config.max_position_embeddings)
 
     def digest(self, *components: str) -> str:
         """16 hexadecimal digits that name the content of these folders."""
@@ -173,7 +181,7 @@ class Codec:
 
 
 def pixel_shape_of(unet: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of the images, by the two configurations."""
+    """(C, H, W) of the images, by the configurations. Raises KeyError, TypeError or ValueError where they tell none."""
     claims.check_layers(vae)
     size, factor = unet["sample_size"], 2 ** (len(vae["block_out_channels"]) - 1)
     height, width = size if isinstance(size, list) else (size, size)
@@ -206,6 +214,10 @@ def refusal(folder: Path, unet: dict[str, Any]) -> str | None:
     if channels != (latents, latents):
         why = "inpainting, or conditions by concatenation" if channels[0] > latents else "not what is denoised"
         return f"its network takes {channels[0]} channels and gives {channels[1]}, where latents have {latents} ({why})"
+    try:
+        pixel_shape_of(unet, vae)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"its configurations tell no size of images ({type(error).__name__}: {first_line(error)})"
     if unet.get("cross_attention_dim", 1280) != text.get("hidden_size"):
         return (
             f"its network reads text of {unet.get('cross_attention_dim')} numbers a token, and its text encoder gives "

@@ -200,6 +200,8 @@ def start_processes(trainer: Trainer) -> None:
     """
     if trainer.world_size == 1 or processes.world_size() > 1:
         return
+    if trainer.strategy.root_device.type == "cpu":
+        processes.keep_memory()
     launcher = trainer.strategy.launcher
     if launcher is None:
         trainer.strategy.setup_environment()
