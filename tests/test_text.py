@@ -399,6 +399,7 @@ REFUSED = {
     ),
     "no blocks": (edit("vae/config.json", block_out_channels=3), "tell no size of images (TypeError"),
     "no size": (edit(UNET_FILE, sample_size="=1+1"), "tell no size of images ("),
+    "no scale": (edit("vae/config.json", scaling_factor={}), "scaling_factor={}, which is no positive number"),
     "a giant": (edit(UNET_FILE, sample_size=2**31), "have more than 201,326,592 numbers"),
     "no UNet of text": (edit(UNET_FILE, _class_name="UNet2DModel"), "what text conditions is a UNet2DConditionModel"),
 }

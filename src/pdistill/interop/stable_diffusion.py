@@ -10,6 +10,7 @@ Denoiser of latents; everything else of the folder is its `Codec`. A student's d
 """
 
 import functools
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -218,6 +219,9 @@ def refusal(folder: Path, unet: dict[str, Any]) -> str | None:
         pixel_shape_of(unet, vae)
     except (KeyError, TypeError, ValueError) as error:
         return f"its configurations tell no size of images ({type(error).__name__}: {first_line(error)})"
+    scale = vae.get("scaling_factor", 0.18215)  # as diffusers has it
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        return f"its vae says scaling_factor={scale!r}, which is no positive number"
     if unet.get("cross_attention_dim", 1280) != text.get("hidden_size"):
         return (
             f"its network reads text of {unet.get('cross_attention_dim')} numbers a token, and its text encoder gives "
