@@ -119,6 +119,7 @@ def test_growth_of_stages_and_the_start(bench, monkeypatch, tmp_path):
     growth = bench("growth")
     for key, value in {"STAGE_UPDATES": 3, "START_RUNS": 1}.items():
         monkeypatch.setattr(growth, key, value)
+    (tmp_path / "stages").mkdir()
     row = growth.stages(tmp_path / "stages", 2)
     assert len(row["ms"]) == len(row["MB"]) == 2 and min(row["MB"]) > 100
     assert row["seconds"] > row["seconds_training"] > 0
