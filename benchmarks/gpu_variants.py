@@ -29,7 +29,7 @@ class Sizes:
     parity_batch: int
     parity_updates: int
     backend: str
-    """Of torch.compile."""
+    """Of torch.compile; on a CPU its aot_eager expects strides that dropout does not give to channels_last."""
 
     @property
     def device(self) -> torch.device:
@@ -37,7 +37,7 @@ class Sizes:
 
 
 REAL = Sizes("gpu", "ddp", "cifar10", 32, {128: 20, 512: 5}, 512, 10, 8192, 64, 200, "inductor")
-TOY = Sizes("cpu", "ddp_cpu", "digits", 8, {4: 2, 8: 2}, 4, 2, 128, 4, 5, "aot_eager")
+TOY = Sizes("cpu", "ddp_cpu", "digits", 8, {4: 2, 8: 2}, 4, 2, 128, 4, 5, "eager")
 
 
 @dataclass(frozen=True)

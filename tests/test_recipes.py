@@ -105,6 +105,20 @@ def test_the_recommended_recipe_is_one_stage_for_all_step_counts(command, experi
     assert settings.weighting["_target_"] == "pdistill.weighting.min_snr_plus_one"
 
 
+@pytest.mark.parametrize(
+    ("words", "weighting"),
+    [
+        (["method=parallel_decoding"], "min_snr_plus_one"),
+        (["method=parallel_decoding", "weighting=flow"], "flow"),
+        (["method=parallel_decoding", "experiment=study_digits"], "snr_plus_one"),
+        (["method=halving"], "truncated_snr"),
+    ],
+)
+def test_a_method_may_bring_its_weighting_where_none_is_named(words, weighting):
+    chosen = composed(*words).weighting
+    assert str(chosen.get("path", chosen._target_)) == f"pdistill.weighting.{weighting}"
+
+
 def test_the_ablation_is_the_recipe_at_1024_steps():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["name=test", "experiment=ablation"], return_hydra_config=True)
