@@ -254,13 +254,13 @@ def finish(command: str, sweep: Path, complaint: str | None) -> None:
     for lock in sorted(folder.glob("*.lock")):  # where the launcher gave up, others may still run
         with locked(lock):
             pass
-    results: list[Any] = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    files = sorted(folder.glob("*.json"))
     try:
-        if results and command in ("train", "distill"):
+        if files and command in ("train", "distill"):
             runs = {job.name: job for job in table.results_in(folder)}  # a search may try the same twice
             table.finish(list(runs.values()))
-        elif failed := [f"{k} ({result['error']})" for k, result in enumerate(results) if result["error"]]:
-            raise UserError(f"{len(failed)} of {len(results)} jobs failed: {', '.join(failed)}")
+        elif failed := [f"{k} ({error})" for k, file in enumerate(files) if (error := read_json(file)["error"])]:
+            raise UserError(f"{len(failed)} of {len(files)} jobs failed: {', '.join(failed)}")
     except UserError as error:
         raise UserError(f"{complaint}; {error}" if complaint else str(error)) from error
     if complaint:
