@@ -15,7 +15,7 @@ from forked import Command, free_port
 from PIL import Image
 
 from pdistill import processes
-from pdistill.commands import cli, run_directory
+from pdistill.commands import cli, names, run_directory
 from pdistill.commands.settings import SETTINGS
 from pdistill.errors import UserError
 
@@ -243,10 +243,10 @@ def test_openmp_threads_wait_briefly(workplace):
 
 
 def test_names_are_short_and_never_collide(monkeypatch):
-    long = run_directory.shortened(["smoke", "x" * 150, "seed-1"])
-    other = run_directory.shortened(["smoke", "x" * 150, "seed-2"])
+    long = names.shortened(["smoke", "x" * 150, "seed-1"])
+    other = names.shortened(["smoke", "x" * 150, "seed-2"])
     assert len(long) == len(other) == 120 and long != other
-    assert run_directory.shortened(["a", "steps.plan-[4,2,1]"]) == "a-steps.plan-4_2_1"
+    assert names.shortened(["a", "steps.plan-[4,2,1]"]) == "a-steps.plan-4_2_1"
     with pytest.raises(UserError, match="one directory name"):
         run_directory.directory_of("x" * 300, "outputs")
 

@@ -23,7 +23,7 @@ from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig
 
 from pdistill import processes
-from pdistill.commands import run_directory
+from pdistill.commands import names, run_directory
 from pdistill.commands.complaints import USER_ERRORS, cause_of, not_installed, one_line
 from pdistill.commands.stopping import end_where_nothing_does, requeued, what_remains
 from pdistill.display import JOB
@@ -67,7 +67,7 @@ def prepare(arguments: list[str]) -> Path | None:
         )
     words = [a for a in arguments if "=" in a and not a.startswith("-")]
     counts = _choices_of(words)
-    os.environ[run_directory.SWEPT], os.environ[COUNTS] = " ".join(counts), json.dumps(counts)
+    os.environ[names.SWEPT], os.environ[COUNTS] = " ".join(counts), json.dumps(counts)
     os.environ[SWEEP], os.environ[STARTED_BY] = uuid.uuid4().hex[:8], str(os.getpid())
     if any(re.match("hydra/launcher=submitit", a) for a in arguments):
         print("what the jobs print is in outputs/.multirun/.submitit, or below another output_root", flush=True)
@@ -113,18 +113,18 @@ def run_job(command: str, cfg: DictConfig, program: list[str]) -> float | None:
     """One job of a sweep, in this process or a launcher's; leaves its result for the table."""
     hydra_cfg, overrides = HydraConfig.get(), list(HydraConfig.get().overrides.task)
     params = list(map(str, hydra_cfg.sweeper.get("params") or {}))
-    os.environ[run_directory.SWEPT] = " ".join({*os.environ.get(run_directory.SWEPT, "").split(), *params})
-    typed = run_directory.typed_overrides(overrides)
+    os.environ[names.SWEPT] = " ".join({*os.environ.get(names.SWEPT, "").split(), *params})
+    typed = names.typed_overrides(overrides)
     if "name" in typed and cfg.get("name"):
-        cfg.name = run_directory.sweep_name(typed["name"], overrides)
+        cfg.name = names.sweep_name(typed["name"], overrides)
     elsewhere = os.environ.get(STARTED_BY) != str(os.getpid())  # in a process of the sweep's launcher
     if elsewhere:
         end_where_nothing_does(what_remains(command))
     if is_main():
         print(f"\nsweep, job {hydra_cfg.job.num}: {' '.join(overrides)}", flush=True)
-    names = {k: v for k, v in hydra_cfg.runtime.choices.items() if "/" not in k and v}
+    groups = {k: v for k, v in hydra_cfg.runtime.choices.items() if "/" not in k and v}
     choices = {k: v for k, v in typed.items() if k != "name"}
-    result = {"name": cfg.get("name"), "output_root": cfg.get("output_root", "outputs"), "groups": names}
+    result = {"name": cfg.get("name"), "output_root": cfg.get("output_root", "outputs"), "groups": groups}
     result |= {"choices": choices, "value": None, "error": NOT_ENDED, "process": [socket.gethostname(), os.getpid()]}
     with _noting(cfg, result) as noted, _numbered():
         try:
@@ -206,7 +206,7 @@ def _counts(cfg: DictConfig) -> tuple[int, int]:
 
 def _status_of(words: list[str]) -> int:
     """The exit status of a job in a process of its own, to which signals are passed on."""
-    environment = {k: v for k, v in os.environ.items() if k not in (SWEEP, STARTED_BY, run_directory.SWEPT)}
+    environment = {k: v for k, v in os.environ.items() if k not in (SWEEP, STARTED_BY, names.SWEPT)}
     process = subprocess.Popen([sys.executable, *words], env=environment)
     try:
         return process.wait()

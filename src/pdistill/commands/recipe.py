@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from pdistill.commands.identity import is_imported
-from pdistill.commands.run_directory import typed_overrides
+from pdistill.commands.names import typed_overrides
 from pdistill.errors import UserError
 from pdistill.files import read_json
 
