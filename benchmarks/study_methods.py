@@ -12,8 +12,8 @@ update with gradients three).
 Every student of 8, 4, 2 and 1 steps is measured by the features of a classifier of another seed and width than that of
 `metrics=classifier`, beside its teacher's DDIM of many steps from the same noise. Runs come one at a time and in
 processes of their own. Whatever is finished is not done again, so that the same command goes on after a stop; results
-stand in <output>/results.json, results.md and results.html after every run. results.json is enough to go on from: on
-another machine, with the same teacher, what is in it is not run again.
+stand in <output>/results.json, .md, .png and .html after every run. results.json is enough to go on from: on another
+machine, with the same teacher, what is in it is not run again.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measure
 from pdistill.metrics.extractors import build, fingerprint_of, metric_name
 from pdistill.metrics.reference import reference
 from pdistill.processes import device_of
-from pdistill.report import charts, page
+from pdistill.report import charts, page, plots
 from pdistill.report.rounding import mean_and_spread, number
 from pdistill.report.tables import filled, markdown, words
 from pdistill.sampling import Draw, generate
@@ -298,7 +298,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """results.json, results.md, and results.html, whose tables can be filtered."""
+        """results.json, results.md, results.png, and results.html, whose tables can be filtered."""
         write_json(self.output / "results.json", self.found)
         tables = self.tables()
         write_text(
@@ -307,6 +307,7 @@ class Results:
         curves: dict[str, dict[int, list[float]]] = {}
         for row in self.found["rows"]:
             curves.setdefault(row["name"], {}).setdefault(row["num_steps"], []).append(row["ratio"])
+        plots.plot(curves, f"{self.fid}, student / teacher", self.output / "results.png")
         chart = charts.quality(curves, "student / teacher", page.EVALUATIONS)
         told = {"chart": chart, "chart_title": "Students over their teacher; lower is better", "tables": tables}
         page.render(self.output / "results.html", name=self.output.name, sentence=self.sentence(), runs=[], **told)
@@ -378,7 +379,7 @@ def run(study: Study, seeds: Sequence[int], counts: Sequence[int], measurement: 
                 results.add(name, seed, directory, counts)
     first = results.tables()[0]
     table = "\n".join(markdown(first.headings, first.lines))
-    print(f"\n{table}\n\nall: {study.output / 'results.md'}, .html and .json")
+    print(f"\n{table}\n\nall: {study.output / 'results.md'}, .html, .png and .json")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, with the lines of error above; the others are finished")
 

@@ -1,5 +1,6 @@
 """report.html, in a browser and out of one; the tables and curves behind it; what enters it, and what does not."""
 
+import io
 import json
 import math
 import re
@@ -114,6 +115,21 @@ def test_no_value_of_a_metric_breaks_a_page(value, capsys):
     assert "nan" not in capsys.readouterr().out
     plots.plot({"distilled": {1: [math.nan], 2: []}}, "FID", Path("curve.png"))
     assert Path("curve.png").exists()
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.1, 2.4), (7.2, 7.3), (0.5, 0.5), (1.2, 7), (2.8, 40)])
+def test_a_curve_can_be_read(low, high):
+    """Numbers stand beside its axis, however near to each other the values are."""
+    figure = plots.draw({"distilled": {1: [high], 8: [low]}}, "FID")
+    figure.savefig(io.BytesIO())
+    axis = figure.axes[0].yaxis
+    bottom, top = axis.get_view_interval()
+    shown = [
+        text
+        for text in axis.get_ticklabels(which="both")
+        if text.get_text() and bottom <= text.get_position()[1] <= top
+    ]
+    assert len(shown) >= 3
 
 
 def test_several_runs_on_one_page(old):

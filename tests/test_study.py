@@ -59,6 +59,7 @@ def test_a_study_and_its_second_call(study, arguments, monkeypatch, capfd):
         assert {"kid_classifier", "precision", "recall"} <= row.keys()
     table = Path("study/results.md").read_text()
     assert "| halved twice | 3 |" in table and "two halves of the real images" in table
+    assert Path("study/results.png").exists()
     shown = Path("study/results.html").read_text()
     assert (
         "Of 1 way to make students of 1 step, halved twice has the lowest fid_classifier" in shown and "<svg" in shown

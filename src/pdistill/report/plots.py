@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, ScalarFormatter
 
 from pdistill.errors import printable
 from pdistill.files import whole
@@ -19,6 +19,7 @@ from pdistill.report.runs import drawn_once
 LEGEND = 90  # characters that fit beside each other
 COLUMNS = 12  # seeds on the comparison sheet
 MOST_TICKS, MOST_LINES = 30, 60  # in one plot
+NARROW = 5  # the highest value over the lowest, up to which ticks are evenly spaced numbers
 
 
 def drawable(curves: Curves) -> Curves:
@@ -45,9 +46,14 @@ def draw(curves: Curves, metric: str) -> Figure:
         axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log" if curves else "linear")
-    if curves:
+    values = [v for points in curves.values() for of_steps in points.values() for v in of_steps if v]
+    if values and max(values) > NARROW * min(values):
         axis.yaxis.set_major_formatter(LogFormatter())  # 4, not 4 x 10^0
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    elif values:  # powers of ten and their multiples are too far apart
+        axis.yaxis.set_major_locator(MaxNLocator(6))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
     ticks = sorted({n for points in curves.values() for n in points})
     ticks = ticks[:: max(1, len(ticks) // MOST_TICKS)]
     axis.set_xticks(ticks, [str(n) for n in ticks])
