@@ -49,6 +49,7 @@ from pdistill.metrics.extractors import build, fingerprint_of, metric_name
 from pdistill.metrics.reference import reference
 from pdistill.processes import device_of
 from pdistill.report import charts, page, plots
+from pdistill.report.grids import nearest_neighbours
 from pdistill.report.rounding import mean_and_spread, number
 from pdistill.report.tables import filled, markdown, words
 from pdistill.sampling import Draw, generate
@@ -227,10 +228,12 @@ class Measurement:
 
     @torch.inference_mode()
     def of_images(self, images: Tensor) -> dict[str, Any]:
-        """FID, KID, precision and recall of (N, C, H, W)."""
+        """FID, KID, precision, recall of (N, C, H, W), and `nearest`: the mean rms distance to a real image."""
         real, distance = self.real
         parts = [self.extractor(to_uint8(part.to(self.device))).float() for part in images.split(AT_ONCE)]
-        return self._named(measures(torch.cat(parts), real, distance, None, bootstrap=0))
+        away = [part - nearest_neighbours(part, self.data.images, k=1)[:, 0] for part in images.split(AT_ONCE)]
+        nearest = float(torch.cat(away).square().mean((1, 2, 3)).sqrt().mean())
+        return self._named(measures(torch.cat(parts), real, distance, None, bootstrap=0)) | {"nearest": nearest}
 
     @torch.inference_mode()
     def of_halves(self) -> dict[str, Any]:
@@ -339,7 +342,7 @@ class Results:
         steps = [f"{n} step{'s' * (n > 1)}" for n in counts]
         headings = ["student / teacher", "seeds", *steps, "network passes", "seconds"]
         kid = metric_name("kid", self.measurement.extractor)
-        keys = [self.fid, "ratio", kid, "precision", "recall", "rms"]
+        keys = [self.fid, "ratio", kid, "precision", "recall", "rms", "nearest"]
         each = [(row["name"], str(row["seed"]), str(row["num_steps"]), row) for row in rows]
         many = str(self.measurement.teacher_steps)
         each += [("teacher", seed, many, row) for seed, row in self.found["teachers"].items()]
@@ -377,9 +380,10 @@ def run(study: Study, seeds: Sequence[int], counts: Sequence[int], measurement: 
                 failed.append(f"{name}-seed-{seed}")
             else:
                 results.add(name, seed, directory, counts)
-    first = results.tables()[0]
-    table = "\n".join(markdown(first.headings, first.lines))
-    print(f"\n{table}\n\nall: {study.output / 'results.md'}, .html, .png and .json")
+    if results.found["rows"]:
+        first = results.tables()[0]
+        table = "\n".join(markdown(first.headings, first.lines))
+        print(f"\n{table}\n\nall: {study.output / 'results.md'}, .html, .png and .json")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, with the lines of error above; the others are finished")
 
