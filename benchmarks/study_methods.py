@@ -230,10 +230,11 @@ class Measurement:
     def of_images(self, images: Tensor) -> dict[str, Any]:
         """FID, KID, precision, recall of (N, C, H, W), and `nearest`: the mean rms distance to a real image."""
         real, distance = self.real
-        parts = [self.extractor(to_uint8(part.to(self.device))).float() for part in images.split(AT_ONCE)]
-        away = [part - nearest_neighbours(part, self.data.images, k=1)[:, 0] for part in images.split(AT_ONCE)]
-        nearest = float(torch.cat(away).square().mean((1, 2, 3)).sqrt().mean())
-        return self._named(measures(torch.cat(parts), real, distance, None, bootstrap=0)) | {"nearest": nearest}
+        parts = [part.to(self.device) for part in images.split(AT_ONCE)]
+        features = torch.cat([self.extractor(to_uint8(part)).float() for part in parts])
+        away = torch.cat([part - nearest_neighbours(part, self.data.images, k=1)[:, 0] for part in parts])
+        nearest = float(away.square().mean((1, 2, 3)).sqrt().mean())
+        return self._named(measures(features, real, distance, None, bootstrap=0)) | {"nearest": nearest}
 
     @torch.inference_mode()
     def of_halves(self) -> dict[str, Any]:
