@@ -31,9 +31,10 @@ from pdistill.dataset.batches import to_float
 from pdistill.steps import Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
+from pdistill.training.execution import running
 from pdistill.training.fit import FitSettings, fit
 from pdistill.training.module import DenoisingModule, Recipe
-from pdistill.training.settings import Distillation, Training
+from pdistill.training.settings import Distillation, Execution, Training
 from pdistill.training.teacher import TeacherModule
 from pdistill.weighting import truncated_snr
 
@@ -84,11 +85,11 @@ class Tensors(TorchDispatchMode):
         self.live[reference.cdata] = reference, tensor.untyped_storage().nbytes()
 
 
-def steps_of(case: Case) -> Iterator[tuple[str, DenoisingModule]]:
+def steps_of(case: Case, execution: Execution) -> Iterator[tuple[str, DenoisingModule]]:
     model, stage = new_denoiser(case), Stage(1, 8, 0, 2, case.steps + WARM_UP + 1)
     settings = Training(batch_size=case.batch, ema_decay=None, warmup_updates=0)
-    yield "teacher", TeacherModule(copy.deepcopy(model), Recipe(settings, truncated_snr))
-    recipe = Recipe(Distillation(batch_size=case.batch), truncated_snr)
+    yield "teacher", TeacherModule(copy.deepcopy(model), Recipe(settings, truncated_snr, execution=execution))
+    recipe = Recipe(Distillation(batch_size=case.batch), truncated_snr, execution=execution)
     yield "distillation", DistillationModule(copy.deepcopy(model), stage, recipe)
 
 
@@ -208,7 +209,7 @@ def report(case: Case, top: int) -> None:
         f"products, {rate['memory'] / 1e9:.1f} GB/s in copying\n"
     )
     seconds, peaks, weights, tables = {}, {}, 0, {}
-    for name, module in steps_of(case):
+    for name, module in steps_of(case, Execution()):
         count = counted(module, case)
         watch = profiled(module, data, case)
         kinds, operations = by_kind(watch)
@@ -228,6 +229,11 @@ def report(case: Case, top: int) -> None:
     line("floor, ms", [f"{1000 * (a + b):.1f} ({1000 * a:.1f} + {1000 * b:.1f})" for a, b in floors.values()])
     line("step / floor", [f"{a / b:.2f}" for a, b in zip(seconds.values(), total, strict=True)])
     line("peak, MB", [f"{peak / 1e6:.1f}" for peak in peaks.values()])
+    checkpointed = []
+    for _, module in steps_of(case, Execution(gradient_checkpointing=True)):
+        with running(module, mixed=False):
+            checkpointed.append(counted(module, case)["peak"])
+    line("with gradient_checkpointing=true", [f"{peak / 1e6:.1f}" for peak in checkpointed])
     print()
     allowed = 1 + weights / peaks["teacher"]
     print(f"distillation step / teacher step {seconds['distillation'] / seconds['teacher']:.3f}")
