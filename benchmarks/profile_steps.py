@@ -7,6 +7,7 @@ and what all other operations take to read and write their tensors at the bandwi
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
 import warnings
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pdistill.dataset import ImageSet
 from pdistill.dataset.batches import to_float
+from pdistill.errors import Interrupted
 from pdistill.steps import Stage
 from pdistill.training.data import ImageDataModule
 from pdistill.training.distillation import DistillationModule
@@ -258,4 +260,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, Interrupted):
+        sys.exit("stopped: what was measured stands above")

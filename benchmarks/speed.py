@@ -11,6 +11,7 @@ import contextlib
 import copy
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -35,6 +36,7 @@ from pdistill.commands.settings import Evaluate, conf
 from pdistill.dataset import ImageSet, digits
 from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.denoiser import Denoiser
+from pdistill.errors import Interrupted
 from pdistill.files import write_json
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.distances import FrechetDistance, moments
@@ -393,4 +395,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, Interrupted):
+        sys.exit("stopped: what was measured stands above")
