@@ -38,11 +38,12 @@ from pdistill.dataset.batches import to_float, to_uint8
 from pdistill.denoiser import Denoiser
 from pdistill.errors import Interrupted
 from pdistill.files import write_json
+from pdistill.generation import Draw, generate
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.distances import FrechetDistance, moments
 from pdistill.metrics.settings import Metrics
 from pdistill.parameterization import X
-from pdistill.sampling import Draw, generate, sample
+from pdistill.sampling import sample
 from pdistill.schedule import CosineSchedule
 from pdistill.steps import Stage
 from pdistill.target import distillation_target

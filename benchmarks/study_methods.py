@@ -43,6 +43,7 @@ from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import read_json, whole, write_json, write_text
+from pdistill.generation import Draw, generate
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measures, moments
 from pdistill.metrics.extractors import build, fingerprint_of, metric_name
@@ -52,7 +53,6 @@ from pdistill.report import charts, page, plots
 from pdistill.report.grids import nearest_neighbours
 from pdistill.report.rounding import mean_and_spread, number
 from pdistill.report.tables import filled, markdown, words
-from pdistill.sampling import Draw, generate
 from pdistill.steps import Stage
 from pdistill.training.cost import PassCount
 from pdistill.training.distillation import DistillationModule

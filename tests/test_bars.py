@@ -14,10 +14,10 @@ from PIL import Image
 from pdistill import bars
 from pdistill.bars import Bar, bar
 from pdistill.dataset import image_folder
+from pdistill.generation import Draw, generate
 from pdistill.interop.diffusers import Pipeline
 from pdistill.metrics import distances
 from pdistill.metrics.shares import my_batches
-from pdistill.sampling import Draw, generate
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from pdistill.commands.settings import Evaluate, Sample
 from pdistill.dataset import ImageSet, digits
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
+from pdistill.generation import Draw
 from pdistill.interop.diffusers import Pipeline
 from pdistill.metrics.classifier import train_classifier
 from pdistill.metrics.settings import Metrics
 from pdistill.network import with_guidance
 from pdistill.parameterization import V
 from pdistill.report import tables
-from pdistill.sampling import Draw
 from pdistill.schedule import CosineSchedule
 
 QUICK = partial(train_classifier, max_updates=20)

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import STAGE, new_denoiser, recipe, stopped, train, trainer, weights
 
 from pdistill.errors import UserError
+from pdistill.generation import Draw, generate
 from pdistill.report import page
 from pdistill.report.grids import save_grid
-from pdistill.sampling import Draw, generate
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.teacher import TeacherModule
 

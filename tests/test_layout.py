@@ -38,7 +38,7 @@ LAYERS = (  # from the bottom; a package imports none of its own layer, flat mod
         "metrics.settings",
     ),
     MATHS,
-    ("unets", "guided", "network", "claims", "denoiser", "heads", "lora"),
+    ("unets", "guided", "network", "claims", "denoiser", "heads", "lora", "generation"),
     ("interop",),
     ("storage",),
     ("steps", "optimizer", "dataset"),

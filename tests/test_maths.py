@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from pdistill import weighting
 from pdistill.errors import UserError
+from pdistill.generation import Draw, generate
 from pdistill.parameterization import Edm, Eps, Flow, V, X, XEps, broadcast, x_to_eps, x_to_v
-from pdistill.sampling import Draw, ddim_step, generate, posterior, sample, samplers
+from pdistill.sampling import ddim_step, posterior, sample, samplers
 from pdistill.schedule import CosineSchedule, EdmSchedule, FlowSchedule, logsnr_on_grid
 from pdistill.steps import stages
 from pdistill.target import distillation_target

@@ -23,11 +23,11 @@ from PIL import Image
 from pdistill.commands import cli, play
 from pdistill.errors import UserError
 from pdistill.files import locked
+from pdistill.generation import Draw, generate
 from pdistill.play import drawing
 from pdistill.play.drawing import BETWEEN, STEPS, Wish, between, draw
 from pdistill.play.lineup import Lineup, Player, lineup_of
 from pdistill.play.turns import Turns
-from pdistill.sampling import Draw, generate
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from pdistill import Denoiser, load_diffusers_teacher, lora, sample
 from pdistill.commands import cli
 from pdistill.dataset import digits, image_folder, latents
 from pdistill.errors import Interrupted, UserError
+from pdistill.generation import Draw, generate
 from pdistill.report import card
-from pdistill.sampling import Draw, generate
 from pdistill.training.distillation import DistillationModule
 from pdistill.training.module import Recipe
 from pdistill.training.settings import Optimization

@@ -25,6 +25,7 @@ from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError, first_line, printable
 from pdistill.files import locked, read_json, write_json, write_text
+from pdistill.generation import Draw, generate
 from pdistill.interop.diffusers import Pipeline
 from pdistill.metrics.classifier import Classifier, class_accuracy
 from pdistill.metrics.distances import FrechetDistance, home_of_doubles, measures, moments
@@ -45,7 +46,6 @@ from pdistill.metrics.shares import in_order, leads, my_batches, together
 from pdistill.processes import device_of, is_main, launched, of_main, remember_started
 from pdistill.report import plots
 from pdistill.report.tables import REAL, cells, curves, plain, terminal
-from pdistill.sampling import Draw, generate
 
 Row = dict[str, Any]
 

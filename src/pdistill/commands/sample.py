@@ -23,9 +23,9 @@ def draw(settings: Sample, directory: Path) -> Path:
 
     from pdistill.denoiser import Denoiser
     from pdistill.files import whole
+    from pdistill.generation import Draw, generate
     from pdistill.processes import device_of
     from pdistill.report.grids import save_grid
-    from pdistill.sampling import Draw, generate
 
     denoiser = Denoiser.load(directory)
     num_steps = settings.num_steps or denoiser.num_steps

@@ -25,6 +25,7 @@ from pdistill.commands.timing import time_stages
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.files import read_json, write_json
+from pdistill.generation import Draw, generate
 from pdistill.method.conversion import Conversion
 from pdistill.method.guidance import Guidance
 from pdistill.metrics.curve import measure_teacher
@@ -33,7 +34,6 @@ from pdistill.processes import barrier, gather, is_main, of_main, rank, world_si
 from pdistill.report import page, plots
 from pdistill.report.grids import nearest_neighbours, save_grid
 from pdistill.report.runs import is_row
-from pdistill.sampling import Draw, generate
 from pdistill.steps import CONVERTED, GUIDED, Stage
 from pdistill.training import execution
 from pdistill.training.data import ImageDataModule

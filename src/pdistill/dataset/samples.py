@@ -11,8 +11,8 @@ from pdistill.dataset.batches import to_uint8
 from pdistill.dataset.images import ImageSet
 from pdistill.denoiser import Denoiser
 from pdistill.files import cache_directory, locked, whole
+from pdistill.generation import Draw, generate
 from pdistill.reading import array_of
-from pdistill.sampling import Draw, generate
 
 CHUNK = 250  # samples of a file
 

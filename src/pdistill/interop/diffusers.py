@@ -16,10 +16,10 @@ from pdistill import claims
 from pdistill.bars import bar
 from pdistill.checks import is_count
 from pdistill.errors import UserError, first_line
+from pdistill.generation import Draw
 from pdistill.network import digest_of_weights, image_shape_of
 from pdistill.randomness import generator
 from pdistill.reading import json_of, text_of
-from pdistill.sampling import Draw
 
 
 def is_pipeline(path: Path) -> bool:

@@ -6,12 +6,13 @@ from torch import nn
 from pdistill.dataset import ImageSet
 from pdistill.dataset.batches import to_uint8
 from pdistill.denoiser import Denoiser
+from pdistill.generation import Draw, generate
 from pdistill.metrics.distances import FrechetDistance, check_finite, home_of_doubles
 from pdistill.metrics.extractors import metric_name
 from pdistill.metrics.provenance import Provenance, drawn_by, guided_by, measured_with
 from pdistill.metrics.reference import reference
 from pdistill.metrics.shares import my_batches, together
-from pdistill.sampling import Draw, generate, sampler_of
+from pdistill.sampling import sampler_of
 
 
 class FID:

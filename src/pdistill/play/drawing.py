@@ -17,10 +17,11 @@ from pdistill.checks import number, whole
 from pdistill.denoiser import Denoiser
 from pdistill.errors import UserError
 from pdistill.faults import in_words
+from pdistill.generation import Draw, drawn
 from pdistill.play.lineup import Player
 from pdistill.randomness import sample_noise
 from pdistill.report.grids import png
-from pdistill.sampling import Draw, drawn, sampler_of
+from pdistill.sampling import sampler_of
 
 PICTURES, STEPS, BETWEEN = "pictures", "every step", "between two noises"
 VIEWS = (PICTURES, STEPS, BETWEEN)
@@ -71,7 +72,7 @@ class Wish:
         return [0] * self.num_images if self.view == BETWEEN else list(range(self.num_images))
 
     def draw(self, num_steps: int) -> Draw:
-        """For `sampling.drawn`, of a denoiser that is sampled in `num_steps` unless the wish says otherwise."""
+        """For `generation.drawn`, of a denoiser that is sampled in `num_steps` unless the wish says otherwise."""
         labels = None if self.label is None else [self.label]
         prompts = [self.prompt] if self.prompt else None
         options: dict[str, Any] = {"sampler": self.sampler, "guidance": self.guidance}
